@@ -1,0 +1,42 @@
+"""Every error circuitbench raises on purpose. Each message is one sentence: what was given, what is allowed, what to type."""
+
+from __future__ import annotations
+
+
+class CircuitbenchError(Exception):
+    """Base class of all errors raised by circuitbench."""
+
+
+class BadInput(CircuitbenchError, ValueError):
+    """An argument has a wrong value, shape or type."""
+
+
+class SiteNotFound(CircuitbenchError, AttributeError):
+    """A site, layer or address does not exist in this model; the message names those that do.
+
+    It is an `AttributeError` so that `hasattr` and tab completion behave.
+    """
+
+
+class ReadOnlySite(CircuitbenchError, AttributeError):
+    """The site can be read but not written; the message says how to change it instead."""
+
+
+class UnsupportedModel(CircuitbenchError):
+    """No architecture map fits this model, or its checkpoint cannot be represented."""
+
+
+class VersionMismatch(CircuitbenchError):
+    """transformers or nnsight, here or on the server, is a version the maps were not made for."""
+
+
+class KernelMismatch(CircuitbenchError):
+    """An installed kernel package does not run on the device the model is on."""
+
+
+class CheckFailed(CircuitbenchError):
+    """`circuitbench check` found a site that does not do what its map says."""
+
+
+class RemoteError(CircuitbenchError):
+    """A remote job failed, was lost, or the server could not be reached."""
