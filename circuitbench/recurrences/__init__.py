@@ -1,0 +1,7 @@
+"""Scans as pure functions on tensors; the same verbs in every module."""
+
+from circuitbench.recurrences import gated_delta, s6, ssd
+
+RECURRENCES = {"s6": s6, "ssd": ssd, "gated_delta": gated_delta}
+
+__all__ = ["RECURRENCES", "gated_delta", "s6", "ssd"]

@@ -1,0 +1,261 @@
+"""SSD, the scan of Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t⊗B_t, y_t = h_t·C_t + D·x_t.
+
+Every head has a state of p × n numbers and one decay for all of them, so a run of positions is a few matrix products.
+
+Shapes: x `(b, t, h, p)`; dt `(b, t, h)` after softplus and clamp; A `(h,)`; B, C `(b, t, g, n)`, head i using group i // (h // g);
+D `(h,)`, `(h, p)` or None; state `(b, h, p, n)`. Everything is computed in float32 (float64 if an operand is, or with
+`accumulate=torch.float64`); y comes back in x's dtype, states in the dtype they were computed in. A shape that does not fit
+raises ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from circuitbench.recurrences import _linear
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+    from circuitbench.recurrences._linear import Edits
+
+
+def forward(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    D: Float[Tensor, "h *p"] | None = None,
+    initial_state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    edits: Edits | None = None,
+    when: str = "before_read",
+    write: Float[Tensor, "b t h p n"] | None = None,
+    decay: Float[Tensor, "b t h"] | None = None,
+    accumulate: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
+    """Output, D skip included, and final state; differentiable at O(L) cost.
+
+    Args:
+        edits: position -> new state, or function from h_t to it.
+        when: "before_read": y_t and all later positions follow the edit; "after_read": y_t keeps the unedited read.
+        write: replaces dt·x⊗B, what each position adds to the state.
+        decay: replaces exp(dt·A).
+        accumulate: torch.float64 runs the recurrence in double precision.
+
+    Returns:
+        (y, final state).
+    """
+    steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D)
+    checked = _linear.check_edits(edits, x.shape[1], when)
+
+    def scan(run: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
+        states = _states(run, A, h)
+        return torch.einsum("bthpn,bthn->bthp", states, run["C"]), states[:, -1]
+
+    def read(run: dict[str, Tensor], h: Tensor) -> Tensor:
+        return torch.einsum("bhpn,bhn->bhp", h, run["C"][:, -1])[:, None]
+
+    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when)
+    if D is not None:
+        y = y + (D[:, None] if D.ndim == 1 else D).to(y) * steps["x"]
+    return y.to(x.dtype), final
+
+
+def states(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    initial_state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    edits: Edits | None = None,
+    when: str = "before_read",
+    write: Float[Tensor, "b t h p n"] | None = None,
+    decay: Float[Tensor, "b t h"] | None = None,
+    accumulate: torch.dtype | None = None,
+) -> Float[Tensor, "b t h p n"]:
+    """All states h_t, after edits; arguments as in `forward`."""
+    steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
+    checked = _linear.check_edits(edits, x.shape[1], when)
+    runs = [h for _, h in _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
+
+
+def iter_states(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    initial_state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    chunk: int | None = None,
+    edits: Edits | None = None,
+    when: str = "before_read",
+    write: Float[Tensor, "b t h p n"] | None = None,
+    decay: Float[Tensor, "b t h"] | None = None,
+    accumulate: torch.dtype | None = None,
+) -> Iterator[tuple[int, Float[Tensor, "b c h p n"]]]:
+    """All states in bounded memory: yields (first position, states of the next `chunk` positions or fewer).
+
+    Without `chunk`, as many positions at once as make 64 MiB of states. An edited position ends its chunk.
+    """
+    steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
+    checked = _linear.check_edits(edits, x.shape[1], when)
+    cuts = _linear.chunk_cuts(chunk, state, x.shape[1])
+    return _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked, cuts)
+
+
+def decay_of(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    *,
+    accumulate: torch.dtype | None = None,
+) -> Float[Tensor, "b t h"]:
+    """exp(dt·A): the share of the state that survives each step."""
+    steps, A, _ = _prepare(x, dt, A, B, C, None, None, None, accumulate)
+    return _decay(steps, A)
+
+
+def write_of(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    initial_state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    accumulate: torch.dtype | None = None,
+) -> Float[Tensor, "b t h p n"]:
+    """dt·x⊗B: what each step adds to the state (whatever the state is)."""
+    steps, A, _ = _prepare(x, dt, A, B, C, initial_state, None, None, accumulate)
+    return _write(steps)
+
+
+def adjoint(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    grad_y: Float[Tensor, "b t h p"],
+    grad_final_state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    decay: Float[Tensor, "b t h"] | None = None,
+    accumulate: torch.dtype | None = None,
+) -> Float[Tensor, "b t h p n"]:
+    """∂L/∂h_t at every position, later steps included, from ∂L/∂y: g_t = ∂L/∂y_t⊗C_t + exp(dt_{t+1}·A)·g_{t+1}."""
+    steps, A, state = _prepare(x, dt, A, B, C, grad_final_state, None, decay, accumulate, name="grad_final_state")
+    _linear.match_shapes(x=(x, "b t h p"), grad_y=(grad_y, "b t h p"))
+    direct = grad_y.to(state)[..., None] * steps["C"][..., None, :]
+    return _linear.reverse_states(_decay(steps, A)[..., None, None], direct, state)
+
+
+def mixing(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    *,
+    accumulate: torch.dtype | None = None,
+) -> Float[Tensor, "b h t t"]:
+    """The scan as one causal matrix per head: y = mixing·x + D·x, from a zero initial state."""
+    steps, A, _ = _prepare(x, dt, A, B, C, None, None, None, accumulate)
+    dt = steps["dt"].transpose(1, 2)
+    kept = _linear.segment_sums(dt * A[:, None]).exp().tril()
+    return torch.einsum("bthn,bshn->bhts", steps["C"], steps["B"]) * kept * dt[:, :, None]
+
+
+def knockout(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    sources: Bool[Tensor, "*b t"],
+    destinations: Bool[Tensor, "*b t"],
+    D: Float[Tensor, "h *p"] | None = None,
+    initial_state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    heads: Sequence[int] | None = None,
+    decay: Float[Tensor, "b t h"] | None = None,
+    accumulate: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
+    """`forward` with what `sources` contribute to the scan's output at `destinations` taken out; the D skip stays.
+
+    Exact, because the scan is linear in x: the outputs of a scan over x masked to the sources are subtracted. The state goes
+    on as it was, so the final state and all other positions are unchanged.
+
+    Args:
+        sources, destinations: boolean masks over positions, `(t,)` or `(b, t)`.
+        heads: only in these heads (default: all).
+    """
+    y, final = forward(x, dt, A, B, C, D, initial_state, decay=decay, accumulate=accumulate)
+    source, destination = _linear.knockout_masks(sources, destinations, heads, "heads", x)
+    removed, _ = forward(x * source, dt, A, B, C, decay=decay, accumulate=accumulate)
+    return y - removed * destination, final
+
+
+def frozen(
+    x: Float[Tensor, "b t h p"],
+    dt: Float[Tensor, "b t h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b t g n"],
+    C: Float[Tensor, "b t g n"],
+    D: Float[Tensor, "h *p"] | None = None,
+    initial_state: Float[Tensor, "b h p n"] | None = None,
+    *,
+    accumulate: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
+    """`forward` with everything but x detached: linear in x, so that gradient × input sums to y (from a zero initial state)."""
+    dt, A, B, C = dt.detach(), A.detach(), B.detach(), C.detach()
+    D = None if D is None else D.detach()
+    initial_state = None if initial_state is None else initial_state.detach()
+    return forward(x, dt, A, B, C, D, initial_state, accumulate=accumulate)
+
+
+def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, name="initial_state"):
+    """Checked operands over positions in the working dtype (B and C per head), A, and the starting state."""
+    size = _linear.match_shapes(
+        x=(x, "b t h p"),
+        dt=(dt, "b t h"),
+        A=(A, "h"),
+        B=(B, "b t g n"),
+        C=(C, "b t g n"),
+        D=(D, "h" if D is None or D.ndim == 1 else "h p"),
+        write=(write, "b t h p n"),
+        decay=(decay, "b t h"),
+        **{name: (initial_state, "b h p n")},
+    )
+    if size["h"] % size["g"]:
+        raise ValueError(f"x has {size['h']} heads and B {size['g']} groups; the groups must divide the heads evenly.")
+    dtype = _linear.working_dtype(accumulate, x, dt, A, B, C)
+    per_group = size["h"] // size["g"]
+    B, C = B.repeat_interleave(per_group, 2), C.repeat_interleave(per_group, 2)
+    steps = {"x": x, "dt": dt, "B": B, "C": C, "write": write, "decay": decay}
+    steps = {key: value.to(dtype) for key, value in steps.items() if value is not None}
+    state = _linear.start_state(initial_state, [size[axis] for axis in "bhpn"], steps["x"])
+    return steps, A.to(dtype), state
+
+
+def _decay(run: dict[str, Tensor], A: Tensor) -> Tensor:
+    return run["decay"] if "decay" in run else torch.exp(run["dt"] * A)
+
+
+def _write(run: dict[str, Tensor]) -> Tensor:
+    return run["write"] if "write" in run else (run["dt"][..., None] * run["x"])[..., None] * run["B"][..., None, :]
+
+
+def _states(run: dict[str, Tensor], A: Tensor, state: Tensor) -> Tensor:
+    return _linear.linear_states(_decay(run, A)[..., None, None], _write(run), state)
