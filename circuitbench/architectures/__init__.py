@@ -1,0 +1,6 @@
+"""Maps from site names to where the tensors live in Hugging Face's code: one small file a family."""
+
+from .base import Architecture, Part, Site
+from .registry import ARCHITECTURES, architecture_of, register
+
+__all__ = ["ARCHITECTURES", "Architecture", "Part", "Site", "architecture_of", "register"]

@@ -1,0 +1,128 @@
+"""The words a map is written in: `Site`, `Part`, `Architecture`.
+
+A map says, for one family of Hugging Face models, where each site lives. It is data: strings that name modules, operations
+and axes. Nothing here runs a model; `models/` turns a bound map into views, and `circuitbench check` verifies it.
+
+The address of a location is written ``module.path/operation:port[index]``:
+
+* ``out_proj:input``: the first input of the part's submodule ``out_proj``;
+* ``:output``: the part's own output (the first element, when it returns a tuple);
+* ``norm:input[1]``: the second positional input of ``norm``;
+* ``/causal_conv1d_fn_0:output``: the output of one operation inside the part's ``forward``, by nnsight's name for it;
+* ``scan:y``: something the scan is given, keeps or returns; the part's `Scan` knows how to read and change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from .scans import Scan
+
+LAYER = ""  # the name of the part that is the layer itself
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where one site lives, and the layout it has there.
+
+    Attributes:
+        at: Location, see the module's docstring. Relative to the part that the site's name starts with.
+        layout: einops pattern from the tensor as the model holds it to the site's canonical layout. Axis names in it
+            are looked up in the part's ``dims``. One side only means that the two are the same.
+        step: Location while decoding one token with a cache, where that is another operation. ``None``: the same.
+        index: Take this element of the pattern's first axis (for fused projections: ``"b t (s d) -> s b t d"``).
+        when: Attribute of the part's module that must be true for this entry to apply (``"!name"``: must be false).
+        scale: Attribute by which the model multiplies the tensor afterwards; reads and writes include it.
+        trim: The operation's output may start with cached positions; only the last ``t`` belong to this forward.
+        base: Name of the part `at` is relative to, where it is not the site's own (``""``: the layer).
+        in_place: Assigning copies into the model's tensor, because the model goes on with that same tensor elsewhere
+            (a residual stream that is read by a norm and added later).
+        writable: Whether the site can be written.
+    """
+
+    at: str
+    layout: str = "b t d_model"
+    step: str | None = None
+    index: int | None = None
+    when: str | None = None
+    scale: str | None = None
+    trim: bool = False
+    base: str | None = None
+    in_place: bool = False
+    writable: bool = True
+
+    @property
+    def patterns(self) -> tuple[str, str]:
+        """The layout as the model holds it, and the canonical one."""
+        raw, _, canonical = self.layout.partition("->")
+        return raw.strip(), (canonical or raw).strip()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of a layer: its mixer, its attention, its MLP.
+
+    Attributes:
+        paths: Where the module may be, relative to the layer; the first that exists and fits is taken.
+        marker: Submodule or parameter that tells this part from another one at the same path.
+        dims: Axis name -> attribute of the module (or ``config.x``) that holds its size.
+        scan: How to read and replay the part's recurrence, if it has one.
+        mixes: Whether the part moves information between positions (it then gives the layer its kind).
+    """
+
+    paths: tuple[str, ...]
+    marker: str | None = None
+    dims: Mapping[str, str] = field(default_factory=dict)
+    scan: Scan | None = None
+    mixes: bool = True
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The map of one family.
+
+    Attributes:
+        model_type: Hugging Face's ``config.model_type``.
+        layers: Path of the module list that holds the layers.
+        parts: Part name (``"ssm"``, ``"attn"``, ``"mlp"``, ``"moe"``) -> `Part`.
+        sites: Site name inside a layer -> `Site` or alternatives, **in the order the model reaches them**.
+        final_norm: Path of the norm before the unembedding.
+        unembed: Path of the unembedding.
+        embed: Where what enters layer 0 lives, relative to the model.
+        residual_scale: Attribute of a layer by which every branch is multiplied before it is added, if any.
+        random_config: Arguments of a tiny configuration for ``load_model("random:<model_type>")``.
+    """
+
+    model_type: str
+    layers: str
+    parts: Mapping[str, Part]
+    sites: Mapping[str, Site | tuple[Site, ...]]
+    final_norm: str
+    unembed: str = "lm_head"
+    embed: Site = Site("{layers}.0:input")
+    logits: Site = Site(":output.logits", "b t vocab")
+    random_config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_module(root: nn.Module, path: str) -> Any:
+    """The submodule (or parameter) at a dotted path, or ``None`` where there is none."""
+    for name in filter(None, path.split(".")):
+        root = getattr(root, name, None)
+        if root is None:
+            return None
+    return root
+
+
+def find_part(layer: nn.Module, part: Part) -> str | None:
+    """The path of a part inside one layer, or ``None`` if this layer does not have it."""
+    for path in part.paths:
+        module = find_module(layer, path)
+        if module is not None and (part.marker is None or find_module(module, part.marker) is not None):
+            return path
+    return None

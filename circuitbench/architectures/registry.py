@@ -1,0 +1,62 @@
+"""Which map fits which model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import UnsupportedModel
+from . import bamba, falcon_h1, granitemoehybrid, jamba, mamba, mamba2, nemotron_h, qwen3_next, transformer, zamba2
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .base import Architecture
+
+ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Add a map (or replace one), so that `load_model` finds it by its ``model_type``.
+
+    Args:
+        architecture: The map. Run ``circuitbench.check`` on a model of the family before you trust it.
+    """
+    ARCHITECTURES[architecture.model_type] = architecture
+    return architecture
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The map for a Hugging Face configuration.
+
+    Raises:
+        UnsupportedModel: If no map is registered for its ``model_type``.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"No architecture map for model_type {config.model_type!r}; there are maps for "
+            f"{', '.join(sorted(ARCHITECTURES))}. Add your own with circuitbench.register_architecture(Architecture(...))."
+        )
+    return ARCHITECTURES[config.model_type]
+
+
+for _map in (
+    mamba.MAMBA,
+    mamba.FALCON_MAMBA,
+    mamba2.MAMBA2,
+    jamba.JAMBA,
+    falcon_h1.FALCON_H1,
+    bamba.BAMBA,
+    zamba2.ZAMBA2,
+    nemotron_h.NEMOTRON_H,
+    granitemoehybrid.GRANITEMOEHYBRID,
+    qwen3_next.QWEN3_NEXT,
+    transformer.GPT2,
+    transformer.GPT_NEOX,
+    transformer.LLAMA,
+    transformer.MISTRAL,
+    transformer.QWEN2,
+    transformer.QWEN3,
+    transformer.GEMMA2,
+    transformer.GEMMA3,
+):
+    register(_map)

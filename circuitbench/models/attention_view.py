@@ -1,0 +1,85 @@
+"""Attention patterns: read from eager attention, and changed by recomputing what the pattern weighs.
+
+Travels to remote servers by value (see `events`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import BadInput
+from . import events
+from .spots import edited, matching, splice, version_of
+
+if TYPE_CHECKING:
+    from nnsight.intervention.envoy import Envoy
+    from torch import Tensor
+
+OPERATION = "attention_interface_1"  # nnsight's name of the call; `attention_interface_0` is the assignment before it
+
+
+class Pattern:
+    """The attention weights of one layer, `(b, heads, t_query, t_key)`."""
+
+    def __init__(self, address: str, envoy: Envoy) -> None:
+        self.address = address
+        self.envoy = envoy
+
+    def places(self) -> tuple[str, str]:
+        """Locations of the attention operation's input and output."""
+        self.envoy.source  # noqa: B018  (instruments the module's forward before it runs)
+        operation = f"{self.envoy.path}.source.{OPERATION}"
+        return f"{operation}.input", f"{operation}.output"
+
+    def get(self) -> Tensor:
+        """Read the pattern."""
+        before, after = self.places()
+        occurrence, seen = events.wanted(after), events.notes(after)
+        held = seen.get(self.address)
+        if held is not None and held[0] is events.waiting(after) and held[0].occurrence == occurrence:
+            return held[1]
+        values = events.read(before)[0][3]
+        weights = self.weights(events.read(after))
+        rows = events.rows(after)
+        tracked = torch.is_grad_enabled() and weights.requires_grad
+        view = weights[rows].clone()
+        version = version_of(view)
+
+        def finish() -> None:
+            changed = edited(view, version)
+            if changed or tracked:
+                self.put(after, view, values, rows, keep=not changed)
+
+        seen[self.address] = (events.write_back(after, occurrence, finish), view)
+        return view
+
+    def set(self, value: Tensor) -> None:
+        """Replace the pattern: each head's output becomes `value` times the values it attends to."""
+        before, after = self.places()
+        values = events.read(before)[0][3]
+        weights, rows = self.weights(events.read(after)), events.rows(after)
+        value = matching(value, weights[rows], self.address)
+        if not torch.equal(value, weights[rows]) or (torch.is_grad_enabled() and value.requires_grad):
+            self.put(after, value, values, rows, keep=False)
+
+    def weights(self, output: tuple) -> Tensor:
+        """The weights in the operation's output."""
+        if output[1] is None:
+            raise BadInput(
+                f"{self.address} needs eager attention, which returns its weights; load with "
+                'load_model(...), which sets it, or call model.hf.set_attn_implementation("eager") first.'
+            )
+        return output[1]
+
+    def put(self, location: str, pattern: Tensor, values: Tensor, rows: slice, keep: bool) -> None:
+        """Recompute the heads' outputs of this block's rows; `keep` leaves their values, and changes only gradients."""
+        output, weights, *rest = events.read(location)
+        values = values[rows]
+        values = values.repeat_interleave(pattern.shape[1] // values.shape[1], dim=1)
+        mixed = (pattern.to(values.dtype) @ values).transpose(1, 2)
+        if keep:
+            mixed = output[rows].detach() + (mixed - mixed.detach())
+        replaced = splice(output, rows, mixed.to(output.dtype)).contiguous()
+        events.write(location, (replaced, splice(weights, rows, pattern), *rest))

@@ -1,0 +1,225 @@
+"""From a map (data) and a live model to views: which sites each layer has, where, and how large.
+
+Runs on the client alone; what it builds travels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .. import recurrences
+from ..architectures.base import LAYER, Architecture, Part, Site, find_module, find_part
+from ..errors import UnsupportedModel
+from .attention_view import Pattern
+from .spots import Spot
+from .views import LayerView, PartView, SSMView
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+    from nnsight.intervention.envoy import Envoy
+    from torch import nn
+
+# Axis names that mean the same in every family.
+DIMS = {
+    "d_model": "config.hidden_size",
+    "vocab": "config.vocab_size",
+    "kv": "config.num_key_value_heads",
+    "proj": "in_proj.out_features",
+    "conv_dim": "conv1d.in_channels",
+    "d_mlp": "down_proj.in_features",
+    "experts": "experts.num_experts",
+}
+
+
+class Binder:
+    """Binds one architecture to one model."""
+
+    def __init__(self, nn_model: TransformersModel, architecture: Architecture) -> None:
+        self.nn = nn_model
+        self.hf: nn.Module = nn_model._module
+        self.config = self.hf.config.get_text_config()
+        self.architecture = architecture
+
+    def layers(self) -> list[LayerView]:
+        """Views of all layers."""
+        modules = find_module(self.hf, self.architecture.layers)
+        if modules is None:
+            raise UnsupportedModel(
+                f"The map for {self.architecture.model_type!r} expects the layers at {self.architecture.layers!r}, "
+                f"which this {type(self.hf).__name__} does not have."
+            )
+        return [self.layer(index, module) for index, module in enumerate(modules)]
+
+    def layer(self, index: int, module: nn.Module) -> LayerView:
+        """The view of one layer."""
+        base = f"{self.architecture.layers}.{index}"
+        found = {LAYER: ""} | {
+            name: path for name, part in self.architecture.parts.items() if (path := find_part(module, part)) is not None
+        }
+        envoys = {name: self.envoy(base, path) for name, path in found.items()}
+        spots: dict[str, dict[str, Any]] = {name: {} for name in found}
+        scans: dict[str, str] = {}
+        shapes: dict[str, tuple[str, ...]] = {}
+        names: dict[str, list[str]] = {name: [] for name in found}
+        scanned = False
+        for name, entry in self.architecture.sites.items():
+            owner, _, site_name = name.rpartition(".")
+            if owner not in found:
+                continue
+            site = self.applicable(entry, envoys[owner]._module, module)
+            if site is None:
+                continue
+            address = f"layers.{index}.{name}"
+            locations = (site.at, site.step or site.at)
+            scanned = scanned or site.at.startswith("scan:")
+            for at in locations:
+                if at.startswith("scan:"):
+                    scans[site_name] = at.removeprefix("scan:")
+            if site.at.startswith("pattern:"):
+                spots[owner][site_name] = Pattern(address, envoys[owner])
+            elif not site.at.startswith("scan:"):
+                home = envoys[owner if site.base is None else site.base]
+                early = owner == "ssm" and not scanned and site.base is None
+                spot = self.spot(address, site, home, envoys[owner], module, self.architecture.parts.get(owner), early)
+                if spot is None:
+                    continue
+                spots[owner][site_name] = spot
+            names[owner].append(site_name)
+            shapes[name] = self.shape(site, envoys[owner]._module, module, self.architecture.parts.get(owner))
+        parts: dict[str, PartView] = {}
+        for name in found:
+            if name == LAYER or not names[name]:
+                continue
+            part = self.architecture.parts[name]
+            if part.scan is None:
+                parts[name] = PartView(f"layers.{index}.{name}", spots[name])
+            else:
+                recurrence = recurrences.RECURRENCES[part.scan.recurrence]
+                parts[name] = SSMView(
+                    f"layers.{index}.{name}", spots[name], envoys[name], part.scan, recurrence, scans, names[name]
+                )
+        kind = kind_of(found, self.architecture.parts)
+        return LayerView(index, kind, envoys[LAYER], spots[LAYER], parts, shapes)
+
+    def root(self, name: str, at: str, site: Site) -> Spot:
+        """A site of the model as a whole."""
+        bound = self.spot(name, replace(site, at=at), self.nn, self.nn, None, None)
+        if bound is None:
+            raise UnsupportedModel(f"The map for {self.architecture.model_type!r} has {name} at {at!r}: no such module.")
+        return bound
+
+    def envoy(self, base: str, path: str) -> Envoy:
+        """The envoy of a module."""
+        return self.nn.get(f"{base}.{path}" if path else base)
+
+    def applicable(self, entry: Site | tuple[Site, ...], part: nn.Module, layer: nn.Module) -> Site | None:
+        """The alternative whose condition holds, if any."""
+        for site in entry if isinstance(entry, tuple) else (entry,):
+            if site.when is None:
+                return site
+            wanted, name = (False, site.when[1:]) if site.when.startswith("!") else (True, site.when)
+            if bool(self.attribute(name, part, layer)) == wanted:
+                return site
+        return None
+
+    def attribute(self, name: str, part: nn.Module, layer: nn.Module | None) -> Any:
+        """``config.x``, ``layer.x``, or an attribute of the part's module."""
+        owner, rest = part, name
+        if name.startswith("config."):
+            owner, rest = self.config, name.removeprefix("config.")
+        elif name.startswith("layer."):
+            owner, rest = layer, name.removeprefix("layer.")
+        return find_module(owner, rest)
+
+    def spot(
+        self,
+        address: str,
+        site: Site,
+        home: Envoy,
+        owner: Envoy,
+        layer: nn.Module | None,
+        part: Part | None,
+        early: bool = False,
+    ) -> Spot | None:
+        """A site bound to the module it lives in, or ``None`` if this layer lacks that module."""
+        places = [self.place(at, home) for at in (site.at, site.step if (site.step or "").startswith("/") else site.at)]
+        if any(place is None for place in places):
+            return None
+        (envoy, sequence, element), (_, step, _) = places
+        raw, canonical = site.patterns
+        grouped = axes_of(raw) if "(" in raw else axes_of(canonical) if "(" in canonical else []
+        sizes = {axis: size for axis, size in self.sizes(grouped, owner._module, layer, part).items()}
+        if "p" in sizes:
+            sizes.pop("h", None)  # one of the two is enough, and key heads may be fewer
+            sizes.pop("kv", None)
+        return Spot(
+            address=address,
+            envoy=envoy,
+            part=owner,
+            locations=(sequence, step),
+            element=element,
+            raw=raw,
+            canonical=canonical,
+            sizes=sizes,
+            index=site.index,
+            scale=None if site.scale is None else float(self.attribute(site.scale, owner._module, layer)),
+            trim=site.trim,
+            in_place=site.in_place,
+            writable=site.writable,
+            early=early,
+        )
+
+    def sizes(
+        self, axes: list[str], owner: nn.Module, layer: nn.Module | None, part: Part | None
+    ) -> dict[str, int]:
+        """Sizes of the axes that the map knows."""
+        dims = {**DIMS, **(part.dims if part else {})}
+        found = {axis: self.attribute(dims[axis], owner, layer) for axis in axes if axis in dims}
+        return {axis: size for axis, size in found.items() if isinstance(size, int)}
+
+    def shape(
+        self, site: Site, owner: nn.Module, layer: nn.Module | None, part: Part | None
+    ) -> tuple[str, ...]:
+        """The canonical axes, with sizes where the map knows them."""
+        axes = site.patterns[1].split() if "(" not in site.patterns[1] else ["b", "t", "d_inner"]
+        axes = axes if site.index is None else axes[1:]
+        sizes = self.sizes(axes, owner, layer, part)
+        return tuple(f"{sizes[axis]}" if axis in sizes else axis for axis in axes)
+
+    def place(self, at: str, home: Envoy) -> tuple[Envoy, str, str | int | None] | None:
+        """Envoy, nnsight location and element for an address in a map."""
+        target, _, port = at.partition(":")
+        path, _, operation = target.partition("/")
+        if path and find_module(home._module, path) is None:
+            return None
+        envoy = home.get(path) if path else home
+        if operation and operation not in envoy.source.names:
+            raise UnsupportedModel(
+                f"The map for {self.architecture.model_type!r} names the operation {operation!r} inside {envoy.path}, "
+                "which this version of transformers does not have; run `circuitbench check` to see what else differs."
+            )
+        prefix = f"{envoy.path}.source.{operation}" if operation else envoy.path
+        port, _, index = port.partition("[")
+        port, _, name = port.partition(".")
+        element: str | int | None = "input" if port == "input" else None
+        if index:
+            element = int(index.rstrip("]"))
+        elif name:
+            element = name
+        return envoy, f"{prefix}.{port}", element
+
+
+def axes_of(pattern: str) -> list[str]:
+    """Axis names of an einops pattern."""
+    return pattern.replace("(", " ").replace(")", " ").split()
+
+
+def kind_of(found: dict[str, str], parts: Any) -> str:
+    """``ssm``, ``attention``, ``hybrid`` (both), or ``mlp`` (neither mixes positions)."""
+    mixing = [name for name in found if name != LAYER and parts[name].mixes]
+    if "ssm" in mixing and "attn" in mixing:
+        return "hybrid"
+    if "ssm" in mixing:
+        return "ssm"
+    return "attention" if "attn" in mixing else "mlp"

@@ -1,0 +1,140 @@
+"""Which code runs a scan, and whether it can run where the model is.
+
+transformers chooses a kernel package (mamba-ssm, causal-conv1d, flash-linear-attention) once, when a family's code is
+imported, and never looks at the device: with such a package installed, a model on the CPU is handed to CUDA code and
+crashes. On the CPU, its own S6 path is slow, and its backward is quadratic in the length.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+
+from ..errors import KernelMismatch
+from ..recurrences import s6
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+# transformers' names of the functions that a kernel package may replace.
+KERNEL_FUNCTIONS = (
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "mamba_selective_scan",
+    "mamba_selective_state_update",
+    "mamba_inner_fn",
+    "mamba2_chunk_scan",
+    "mamba2_selective_state_update",
+    "mamba2_split_conv1d_scan_combined",
+    "torch_chunk_gated_delta_rule",
+    "torch_recurrent_gated_delta_rule",
+)
+MARK = "circuitbench"
+
+
+def modeling_module(hf: PreTrainedModel) -> Any:
+    """The Python module that holds the family's code; its functions are looked up there at every call."""
+    return sys.modules[type(hf).__module__]
+
+
+def kernel_package(function: Any) -> str | None:
+    """The package whose kernel stands behind one of transformers' functions, or ``None`` for its torch code."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is None or cells is None:
+        return None
+    held = dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
+    return held.get("package") if held.get("is_new_implementation") else None
+
+
+def mismatched(hf: PreTrainedModel) -> dict[str, str]:
+    """Functions whose kernels cannot run on this model's device, with the package each comes from."""
+    if next(hf.parameters()).device.type != "cpu":
+        return {}
+    module = modeling_module(hf)
+    found = {name: kernel_package(getattr(module, name, None)) for name in KERNEL_FUNCTIONS}
+    return {name: package for name, package in found.items() if package is not None}
+
+
+def use_torch_kernels(hf: PreTrainedModel) -> None:
+    """Put transformers' own torch functions in the place of installed kernels, for this family, in this process."""
+    module = modeling_module(hf)
+    for name in KERNEL_FUNCTIONS:
+        function = getattr(module, name, None)
+        if function is not None and kernel_package(function) is not None:
+            setattr(module, name, function.__wrapped__)
+
+
+def fit(hf: PreTrainedModel) -> None:
+    """Make sure that the family's scan can run where the model is, and that S6 on the CPU runs our scan.
+
+    Raises:
+        KernelMismatch: If an installed kernel package would be called with tensors it cannot take.
+    """
+    wrong = mismatched(hf)
+    if wrong:
+        packages = ", ".join(sorted(set(wrong.values())))
+        raise KernelMismatch(
+            f"{packages} is installed, so transformers would run {', '.join(wrong)} with its CUDA kernels, but the model "
+            "is on the CPU; call circuitbench.models.kernels.use_torch_kernels(hf_model) first, or move the model to a GPU."
+        )
+    use_fast_s6(hf)
+
+
+def use_fast_s6(hf: PreTrainedModel) -> None:
+    """Let the family's S6 scan run ours for CPU tensors: the same numbers to float noise, and a linear backward."""
+    module = modeling_module(hf)
+    original = getattr(module, "mamba_selective_scan", None)
+    if original is not None and not hasattr(original, MARK):
+        module.mamba_selective_scan = fast_selective_scan(original)
+
+
+def use_own_s6(hf: PreTrainedModel) -> None:
+    """Undo `use_fast_s6`."""
+    module = modeling_module(hf)
+    original = getattr(getattr(module, "mamba_selective_scan", None), MARK, None)
+    if original is not None:
+        module.mamba_selective_scan = original
+
+
+def fast_selective_scan(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' ``mamba_selective_scan``, with our recurrence for CPU tensors."""
+
+    def mamba_selective_scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if hidden_states.device.type != "cpu":
+            return original(
+                hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **kwargs
+            )
+        if delta_bias is not None:
+            dt = dt + delta_bias.to(dt.dtype)[..., None]
+        if delta_softplus:
+            dt = F.softplus(dt)
+        y, state = s6.forward(
+            hidden_states.transpose(1, 2), dt.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D
+        )
+        y = y.transpose(1, 2)
+        if z is not None:
+            y = y * F.silu(z)
+        y = y.to(hidden_states.dtype)
+        return (y, state) if return_last_state else y
+
+    setattr(mamba_selective_scan, MARK, original)
+    return mamba_selective_scan
+
+

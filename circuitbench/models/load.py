@@ -1,0 +1,182 @@
+"""`load_model`: from a name, a folder or a module to a `Model`."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from nnsight import TransformersModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..architectures import ARCHITECTURES, Architecture, architecture_of
+from ..errors import BadInput, UnsupportedModel, VersionMismatch
+from . import kernels, raw_checkpoints, zoo
+from .binding import Binder
+from .id_tokenizer import id_tokenizer
+from .model import Model
+from .random import random_model
+
+# The maps name operations inside transformers' code; these are the versions they were checked on.
+TRANSFORMERS = ((5, 22), (5, 24))
+NNSIGHT = ((0, 8), (0, 9))
+
+
+def check_versions() -> None:
+    """Refuse versions of transformers and nnsight that the maps were not made for.
+
+    Raises:
+        VersionMismatch: Naming the version and what to install.
+    """
+    for name, installed, (low, high) in (
+        ("transformers", transformers.__version__, TRANSFORMERS),
+        ("nnsight", version("nnsight"), NNSIGHT),
+    ):
+        numbers = tuple(int(part) for part in installed.split(".")[:2])
+        if not low <= numbers < high:
+            wanted = f"{name}>={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+            raise VersionMismatch(
+                f"{name} {installed} is installed, but the architecture maps are made for {wanted}; "
+                f"install it with: pip install '{wanted}'"
+            )
+
+
+def load_model(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    remote: bool = False,
+) -> Model:
+    """Load a language model and name every tensor inside it.
+
+    Args:
+        source: A Hub id (``"state-spaces/mamba2-130m-hf"``, raw ``"state-spaces/mamba2-130m"`` too), a folder, a
+            ``PreTrainedModel`` you hold, ``"random:<model_type>"`` (tiny random weights), or ``"zoo:<name>"`` (shipped).
+        tokenizer: A tokenizer, or where to load one; default: the model's own.
+        device: Where to put the weights; default: where they are loaded (CPU).
+        dtype: Floating-point type of the weights, ``torch.bfloat16`` or ``"bfloat16"``; default: float32.
+        revision: Branch, tag or commit on the Hub.
+        remote: Leave the weights on the meta device; every trace then needs ``remote=True`` (or a server's address).
+
+    Returns:
+        The model, in eval mode, its attention set to ``eager`` so that ``attn.pattern`` can be read.
+
+    Raises:
+        UnsupportedModel: If there is no map for the family, or the checkpoint cannot be represented.
+        BadInput: If the source cannot be found.
+        VersionMismatch: If transformers or nnsight is a version the maps were not made for.
+        KernelMismatch: If installed kernels cannot run where the model is.
+    """
+    check_versions()
+    dtype = as_dtype(dtype)
+    if isinstance(source, PreTrainedModel):
+        hf, name = source, source.name_or_path
+        architecture_of(hf.config)
+    else:
+        name = os.fspath(source)
+        hf, tokenizer = from_name(name, tokenizer, dtype, revision, remote)
+    if device is not None and not remote:
+        hf = hf.to(device)
+    if isinstance(source, PreTrainedModel) and dtype is not None:
+        hf = hf.to(dtype)
+    hf = hf.eval()
+    if isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    kernels.fit(hf)
+    return wrap(hf, tokenizer, revision)
+
+
+def wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, revision: str | None = None) -> Model:
+    """A `Model` over a Hugging Face module."""
+    architecture = architecture_of(hf.config)
+    tokenizer = tokenizer or id_tokenizer(hf.config)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {} if revision is None else {"revision": revision}
+    nn = TransformersModel(hf, tokenizer=tokenizer, task="text-generation", **options)
+    return bind(nn, architecture)
+
+
+def bind(nn: TransformersModel, architecture: Architecture) -> Model:
+    """A `Model` over nnsight's model."""
+    binder = Binder(nn, architecture)
+    layers = binder.layers()
+    roots = {}
+    for name in ("embed", "logits"):
+        site = getattr(architecture, name)
+        at = site.at.format(layers=architecture.layers)
+        roots[name] = binder.root(name, at, site)
+    shapes = {name: binder.shape(getattr(architecture, name), binder.hf, None, None) for name in roots}
+    return Model(nn, layers, roots, shapes, architecture.model_type)
+
+
+def from_name(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    remote: bool,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str | None]:
+    """The Hugging Face module and tokenizer for a name."""
+    scheme, _, rest = name.partition(":")
+    if scheme == "random":
+        if rest not in ARCHITECTURES:
+            raise UnsupportedModel(
+                f"random:{rest} is not a family there is a map for; there are {', '.join(sorted(ARCHITECTURES))}."
+            )
+        return random_model(ARCHITECTURES[rest], dtype=dtype or torch.float32), tokenizer
+    if scheme == "zoo":
+        return zoo_model(rest, tokenizer, dtype)
+    try:
+        if raw_checkpoints.is_raw(name, revision):
+            return raw_checkpoints.load(name, revision, dtype or torch.float32, remote), tokenizer or own_tokenizer(name)
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        architecture_of(config)
+        settings: dict[str, Any] = {"dtype": dtype or torch.float32, "attn_implementation": "eager"}
+        if remote:
+            with torch.device("meta"):
+                hf = AutoModelForCausalLM.from_config(config, **settings)
+            hf.name_or_path = name
+        else:
+            hf = AutoModelForCausalLM.from_pretrained(name, revision=revision, **settings)
+    except OSError as error:
+        raise BadInput(
+            f"Could not load {name!r}: it is no local folder, and the Hub did not provide it "
+            f"({type(error).__name__}). Give a folder that holds config.json, a Hub id while there is a network, "
+            f'"zoo:<name>" ({", ".join(zoo.names())}), or "random:<model_type>".'
+        ) from error
+    return hf, tokenizer or own_tokenizer(name, revision)
+
+
+def own_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside a model, or ``None`` for a folder without one."""
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(name, revision=revision)
+
+
+def zoo_model(
+    name: str, tokenizer: PreTrainedTokenizerBase | str | None, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | str | None]:
+    """A model that ships with the package; stored in half precision, computed in float32."""
+    folder = os.fspath(zoo.path(name))
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, attn_implementation="eager")
+    return hf, tokenizer or own_tokenizer(folder)
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype from its name."""
+    if isinstance(dtype, str):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise BadInput(f'dtype={dtype!r} is no floating-point type; type "float32", "bfloat16", "float16" or "float64".')
+        return found
+    return dtype

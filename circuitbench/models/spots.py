@@ -1,0 +1,270 @@
+"""A site bound to one module of one model: how a view reads it and writes it.
+
+Travels to remote servers by value (see `events`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+
+from ..errors import BadInput, ReadOnlySite
+from . import events
+
+if TYPE_CHECKING:
+    from nnsight.intervention.envoy import Envoy
+    from torch import Tensor
+
+
+class Visit:
+    """One call of a part's forward: which one, how long, and whether it decodes from a cached state."""
+
+    def __init__(self, occurrence: int, batch: int, length: int, decoding: bool) -> None:
+        self.occurrence = occurrence
+        self.batch = batch
+        self.length = length
+        self.decoding = decoding
+
+
+def visit(part: Envoy) -> Visit:
+    """The call of `part` that the block is at or asks for next; parks at the part's input the first time."""
+    location = f"{part.path}.input"
+    seen = events.notes(location)
+    last, want = seen.get(location), events.wanted(location)
+    # Once served, `want` counts one further than the visit that the model is still inside of, unless a step is pinned.
+    if last is not None and (want == last.occurrence or (want == last.occurrence + 1 and not pinned_to(location, want))):
+        return last
+    if events.passed(location, want):
+        raise BadInput(
+            f"{part.path} was already running when its first site was asked for; ask for its sites in forward order, "
+            "before anything later in the same block."
+        )
+    args, kwargs = events.read(location)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    cache = kwargs.get("cache_params", kwargs.get("past_key_values"))
+    index = getattr(part._module, "layer_idx", None)
+    decoding = False
+    if hidden.dim() == 3 and hidden.shape[1] == 1 and cache is not None and hasattr(part._module, "conv1d"):
+        decoding = cache.get_recurrent_state(index) is not None
+    batch, length = (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else (0, 0)
+    seen[location] = Visit(want, batch, length, decoding)
+    return seen[location]
+
+
+def pinned_to(location: str, occurrence: int) -> bool:
+    """Whether ``tracer.iter`` has pinned the next request to this occurrence."""
+    return events.worker(location).iteration == occurrence
+
+
+def edited(tensor: Tensor, version: int) -> bool:
+    """Whether a tensor was changed in place since `version` was taken (inference tensors keep no count: assume so)."""
+    return tensor.is_inference() or tensor._version != version
+
+
+def version_of(tensor: Tensor) -> int:
+    """The tensor's in-place version, 0 for inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def splice(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
+    """`whole` with `rows` replaced, out of place (autograd keeps both histories)."""
+    if rows == slice(None):
+        return part
+    return torch.cat([whole[: rows.start], part, whole[rows.stop :]])
+
+
+def matching(value: Any, like: Tensor, address: str) -> Tensor:
+    """`value`, if it can stand where `like` stands; else one sentence that says what can."""
+    if not isinstance(value, torch.Tensor):
+        raise BadInput(f"{address} takes a tensor of shape {tuple(like.shape)}, not a {type(value).__name__}.")
+    if value.shape != like.shape:
+        raise BadInput(f"{address} has shape {tuple(like.shape)} here, but was given {tuple(value.shape)}.")
+    if value.dtype != like.dtype:
+        raise BadInput(
+            f"{address} is {like.dtype} here, but was given {value.dtype}; write value.to({like.dtype}) to convert it."
+        )
+    return value.to(like.device)
+
+
+def shares_memory(view: Tensor, raw: Tensor) -> bool:
+    """Whether an in-place edit of `view` is an edit of `raw`."""
+    return view.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr()
+
+
+class Spot:
+    """One site of one layer.
+
+    Attributes:
+        address: ``layers.3.ssm.gated``.
+        envoy: The module the location belongs to.
+        part: The part's module (for its length and its phase), or ``None`` where that is never needed.
+        locations: nnsight location of the tensor for a whole sequence, and while decoding.
+        raw, canonical: einops patterns.
+        sizes: Axis sizes that the patterns need.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        envoy: Envoy,
+        part: Envoy | None,
+        locations: tuple[str, str],
+        element: str | int | None,
+        raw: str,
+        canonical: str,
+        sizes: dict[str, int],
+        index: int | None,
+        scale: float | None,
+        trim: bool,
+        in_place: bool,
+        writable: bool,
+        early: bool,
+    ) -> None:
+        self.address = address
+        self.envoy = envoy
+        self.part = part
+        self.locations = locations
+        self.element = element
+        self.raw = raw
+        self.canonical = canonical
+        self.sizes = sizes
+        self.index = index
+        self.scale = scale
+        self.trim = trim
+        self.in_place = in_place
+        self.writable = writable
+        self.early = early
+
+    # Where ------------------------------------------------------------------------------------------------------------
+
+    def here(self) -> tuple[str, Visit | None]:
+        """The location to park at for this visit, and the visit where the layout depends on it."""
+        sequence, step = self.locations
+        if "source" in sequence:
+            self.envoy.source  # noqa: B018  (instruments the module's forward before it runs)
+        if not (self.early or self.trim or sequence != step or "(b t" in self.raw):
+            return sequence, None
+        now = visit(self.part)
+        return (step if now.decoding else sequence), now
+
+    def select(self, value: Any) -> Tensor:
+        """The site's tensor in the value at its location."""
+        if self.element == "input":
+            args, kwargs = value
+            return args[0] if args else next(iter(kwargs.values()))
+        if isinstance(self.element, int) and self.locations[0].endswith(".input"):
+            args, kwargs = value
+            return args[self.element] if self.element < len(args) else list(kwargs.values())[self.element - len(args)]
+        if isinstance(self.element, str):
+            return getattr(value, self.element)
+        if isinstance(value, (tuple, list)):
+            return value[self.element or 0]
+        return value
+
+    def replaced(self, value: Any, new: Tensor) -> Any:
+        """The value at the location with the site's tensor replaced."""
+        if self.locations[0].endswith(".input"):
+            args, kwargs = value
+            position = 0 if self.element == "input" else self.element
+            if position < len(args):
+                return (*args[:position], new, *args[position + 1 :]), kwargs
+            key = list(kwargs)[position - len(args)]
+            return args, {**kwargs, key: new}
+        if isinstance(self.element, str):
+            value[self.element] = new
+            return value
+        if isinstance(value, (tuple, list)):
+            position = self.element or 0
+            return type(value)((*value[:position], new, *value[position + 1 :]))
+        return new
+
+    # Layout -----------------------------------------------------------------------------------------------------------
+
+    def known(self, now: Visit | None) -> dict[str, int]:
+        """Axis sizes for einops, the length of this visit among them where tokens are flattened."""
+        return {**self.sizes, "t": now.length} if now is not None and "(b t" in self.raw else self.sizes
+
+    def to_canonical(self, raw: Tensor, now: Visit | None) -> Tensor:
+        """The whole batch in the canonical layout: a view of `raw` wherever that is possible."""
+        if self.raw != self.canonical:
+            raw = rearrange(raw, f"{self.raw} -> {self.canonical}", **self.known(now))
+        if self.index is not None:
+            raw = raw[self.index]
+        if self.trim and now is not None:
+            raw = raw[:, -now.length :]
+        return raw if self.scale is None else raw * self.scale
+
+    def to_raw(self, value: Tensor, raw: Tensor, now: Visit | None) -> Tensor:
+        """`raw` with the canonical `value` (whole batch) put where it came from."""
+        if self.scale is not None:
+            value = value / self.scale
+        whole = raw
+        if self.raw != self.canonical:
+            whole = rearrange(raw, f"{self.raw} -> {self.canonical}", **self.known(now))
+        target = whole if self.index is None else whole[self.index]
+        if self.trim and now is not None and target.shape[1] > now.length:
+            value = torch.cat([target[:, : -now.length], value], dim=1)
+        if self.index is not None:
+            slices = list(whole.unbind(0))
+            slices[self.index] = value
+            value = torch.stack(slices)
+        if self.raw == self.canonical:
+            return value
+        return rearrange(value, f"{self.canonical} -> {self.raw}", **self.known(now))
+
+    # Reading and writing ----------------------------------------------------------------------------------------------
+
+    def get(self) -> Tensor:
+        """Read the site: a tensor that may be saved, differentiated, or edited in place."""
+        location, now = self.here()
+        seen, occurrence = events.notes(location), events.wanted(location)
+        held = seen.get(self.address)
+        if held is not None and held[0] is events.waiting(location) and held[0].occurrence == occurrence:
+            return held[1]  # read twice before moving on: one tensor
+        raw = self.select(events.read(location))
+        rows = events.rows(location)
+        whole = self.to_canonical(raw, now)
+        view = whole[rows] if rows != slice(None) else whole
+        grad = torch.is_grad_enabled() and raw.requires_grad
+        if grad and view._is_view():
+            view = view.clone()  # autograd refuses in-place edits of some views, and gradients need it in the graph
+        if view is raw or (not grad and shares_memory(view, raw)):
+            return view
+        version = version_of(view)
+
+        def finish() -> None:
+            changed = edited(view, version)
+            if not (changed or grad):
+                return
+            value = events.read(location)
+            raw = self.select(value)
+            whole = self.to_canonical(raw, now)
+            new = self.to_raw(splice(whole, rows, view), raw, now)
+            if not changed and self.scale is not None:
+                new = raw.detach() + (new - new.detach())  # dividing and multiplying again would lose a bit
+            self.put(location, value, raw, new)
+
+        seen[self.address] = (events.write_back(location, occurrence, finish), view)
+        return view
+
+    def set(self, value: Tensor) -> None:
+        """Write the site: the model goes on with `value` for the rows of this block."""
+        if not self.writable:
+            raise ReadOnlySite(f"{self.address} can be read but not written.")
+        location, now = self.here()
+        held = events.read(location)
+        raw = self.select(held)
+        whole, rows = self.to_canonical(raw, now), events.rows(location)
+        value = matching(value, whole[rows], self.address)
+        if value is whole or (torch.equal(value, whole[rows]) and not (torch.is_grad_enabled() and value.requires_grad)):
+            return  # writing back what is there changes nothing, to the last bit
+        self.put(location, held, raw, self.to_raw(splice(whole, rows, value), raw, now))
+
+    def put(self, location: str, value: Any, raw: Tensor, new: Tensor) -> None:
+        """Hand the new tensor to the model."""
+        if self.in_place:
+            raw.copy_(new)
+        else:
+            events.write(location, self.replaced(value, new.to(raw.dtype)))
