@@ -24,6 +24,8 @@ from nnsight.schema.config import CONFIG
 
 from tests import typechecking
 
+pytest_plugins = ["tests.ndif.plugin"]
+
 CONFIG.APP.DEBUG = False  # `pytest -v` has turned it on: nnsight reads "-v" in sys.argv as its own
 CONFIG.APP.REMOTE_LOGGING = False
 torch.set_num_threads(2)
