@@ -1,14 +1,14 @@
-"""What all recurrences here share: checked operands, edits that cut the sequence, and the linear scan h_t = a_t·h_{t-1} + w_t.
+"""What all recurrences share: checked operands, edits that cut the sequence, and the scan h_t = a_t·h_{t-1} + w_t.
 
-A recurrence is written once for an unbroken run of positions. An edit of h_t ends one run and begins the next, so edits cost
-nothing where there are none. Every tensor over positions is cut by a single `split`: its backward is one concatenation, while
-indexing the whole tensor at each cut would write a full-size gradient per cut (O(L²)).
+A recurrence is written once for an unbroken run of positions. An edit of h_t ends one run and begins the next, so edits
+cost nothing where there are none. Every tensor over positions is cut by a single `split`: its backward is one
+concatenation, while indexing the whole tensor at each cut would write a full-size gradient per cut (O(L²)).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Edits = Mapping[int, Tensor | Callable[[Tensor], Tensor]]
 
-CHUNK_BYTES = 64 * 2**20  # states handed out at once by iter_states, unless the caller says how many positions
+CHUNK_BYTES = 64 * 2**20  # states held at once where all are not needed together
 
 
 def match_shapes(**operands: tuple[Tensor | None, str]) -> dict[str, int]:
@@ -36,11 +36,11 @@ def match_shapes(**operands: tuple[Tensor | None, str]) -> dict[str, int]:
         if tensor is None:
             continue
         words = axes.split()
-        fits = tensor.ndim == len(words) and all(sizes.get(w, s) == s for w, s in zip(words, tensor.shape))
-        if not fits:
-            known = ", ".join(f"{w}={sizes[w]}" if w in sizes else w for w in words)
+        found = dict(zip(words, tensor.shape, strict=False))
+        if tensor.ndim != len(words) or any(sizes.get(word, size) != size for word, size in found.items()):
+            known = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({known}).")
-        sizes.update(zip(words, tensor.shape))
+        sizes.update(found)
     if sizes["t"] == 0:
         raise ValueError("The sequence is empty; give at least one position.")
     return sizes
@@ -82,22 +82,30 @@ def apply_edit(edit: Tensor | Callable[[Tensor], Tensor], state: Tensor, positio
     edited = edit(state.clone()) if callable(edit) else edit
     if not isinstance(edited, torch.Tensor) or edited.shape != state.shape:
         got = tuple(edited.shape) if isinstance(edited, torch.Tensor) else type(edited).__name__
-        raise ValueError(
-            f"The edit at position {position} gives {got}; it must give a tensor of shape {tuple(state.shape)}."
-        )
+        raise ValueError(f"The edit at position {position} gives {got}; the state is {tuple(state.shape)}.")
     return edited.to(state)
 
 
 def segments(
-    steps: dict[str, Tensor], edits: Mapping[int, object], cuts: Sequence[int] = ()
+    steps: dict[str, Tensor], edits: Iterable[int] = (), cuts: Iterable[int] = (), chunk: int = 1
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """Runs of positions between the given cuts, each edit ending its run: (start, stop, operands of the run)."""
+    """Runs of positions: (start, stop, operands of the run).
+
+    A run ends after an edit, before a cut, and where less than `chunk` positions are left: its length is a multiple of
+    `chunk` or less than that, so that chunked forms need no padding.
+    """
     length = next(iter(steps.values())).shape[1]
     ends = sorted({0, length} | {t + 1 for t in edits} | set(cuts))
-    sizes = [stop - start for start, stop in zip(ends, ends[1:])]
-    runs = zip(*(tensor.split(sizes, dim=1) for tensor in steps.values()))
-    for start, stop, run in zip(ends, ends[1:], runs):
-        yield start, stop, dict(zip(steps, run))
+    ends = sorted({*ends, *(stop - (stop - start) % chunk for start, stop in pairwise(ends))})
+    sizes = [stop - start for start, stop in pairwise(ends)]
+    runs = zip(*(tensor.split(sizes, dim=1) for tensor in steps.values()), strict=True)
+    for (start, stop), run in zip(pairwise(ends), runs, strict=True):
+        yield start, stop, dict(zip(steps, run, strict=True))
+
+
+def pairwise(values: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours (itertools is not among the imports that travel)."""
+    return list(zip(values[:-1], values[1:], strict=True))
 
 
 def scan_with_edits(
@@ -107,7 +115,7 @@ def scan_with_edits(
     state: Tensor,
     edits: Mapping[int, Tensor | Callable[[Tensor], Tensor]],
     when: str,
-    cuts: Sequence[int] = (),
+    cuts: Iterable[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final state of `scan` run piece by piece, with the state changed at the edited positions.
 
@@ -136,26 +144,25 @@ def states_with_edits(
     steps: dict[str, Tensor],
     state: Tensor,
     edits: Mapping[int, Tensor | Callable[[Tensor], Tensor]],
-    cuts: Sequence[int] = (),
+    cuts: Iterable[int] = (),
 ) -> Iterator[tuple[int, Tensor]]:
     """All states, run by run: (first position, states of the run), an edited state in place of the recurrence's own."""
     for start, stop, run in segments(steps, edits, cuts):
         h = states(run, state)
-        state = h[:, -1]
+        state = h[:, -1].clone()  # the caller may change or drop what is handed out
         if stop - 1 in edits:
             state = apply_edit(edits[stop - 1], state, stop - 1)
             h = torch.cat((h[:, :-1], state[:, None]), 1)
         yield start, h
+        del h  # not two chunks at a time
 
 
-def chunk_cuts(chunk: int | None, state: Tensor, length: int) -> range:
-    """Where `iter_states` cuts: every `chunk` positions, by default as many as make CHUNK_BYTES of states."""
+def memory_cuts(chunk: int | None, state: Tensor, length: int) -> range:
+    """A cut every `chunk` positions, by default as many as make CHUNK_BYTES of states."""
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (state.numel() * state.element_size()))
     if operator.index(chunk) < 1:
-        raise ValueError(
-            f"chunk={chunk} is not possible; give the number of positions to hand out at once, at least 1."
-        )
+        raise ValueError(f"chunk={chunk} is not possible; give how many positions to hand out at once, at least 1.")
     return range(chunk, length, chunk)
 
 
@@ -207,7 +214,7 @@ def linear_states(
 def reverse_states(
     decay: Float[Tensor, "b t ..."], grad: Float[Tensor, "b t ..."], grad_final: Float[Tensor, "b ..."]
 ) -> Float[Tensor, "b t ..."]:
-    """All g_t = grad_t + decay_{t+1}·g_{t+1}, with `grad_final` added at the last position: the adjoint of `linear_states`."""
+    """All g_t = grad_t + decay_{t+1}·g_{t+1}, plus `grad_final` at the last one: the adjoint of `linear_states`."""
     return _ReverseScan.apply(decay, grad, grad_final)
 
 
@@ -217,12 +224,13 @@ class _Scan(torch.autograd.Function):
         states = torch.empty_like(write)
         ctx.save_for_backward(decay, state, states)
         h = state
-        for a, w, out in zip(decay.unbind(1), write.unbind(1), states.unbind(1)):
+        for a, w, out in zip(decay.unbind(1), write.unbind(1), states.unbind(1), strict=True):
             h = torch.addcmul(w, a, h, out=out)
         return states
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
+        (grad,) = grads
         decay, state, states = ctx.saved_tensors
         g = reverse_states(decay, grad, torch.zeros_like(state))
         before = torch.cat((state[:, None], states[:, :-1]), 1)
@@ -236,51 +244,33 @@ class _ReverseScan(torch.autograd.Function):
         ctx.save_for_backward(decay, out)
         decays, outs = decay.unbind(1), out.unbind(1)
         g = torch.add(grad[:, -1], grad_final, out=outs[-1])
-        for a, w, o in zip(decays[:0:-1], grad.unbind(1)[-2::-1], outs[-2::-1]):
+        for a, w, o in zip(decays[:0:-1], grad.unbind(1)[-2::-1], outs[-2::-1], strict=True):
             g = torch.addcmul(w, a, g, out=o)
         return out
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
+        (grad,) = grads
         decay, g = ctx.saved_tensors
         u = linear_states(decay, grad, torch.zeros_like(grad[:, 0]))
         before = torch.cat((torch.zeros_like(u[:, :1]), u[:, :-1]), 1)
         return (before * g).sum_to_size(decay.shape), u, u[:, -1]
 
 
-def segment_sums(log_decay: Float[Tensor, "... t"]) -> Float[Tensor, "... t t"]:
-    """[i, j] = Σ log_decay[j+1 … i] for j < i and 0 on and above the diagonal.
+def survival(decay: Float[Tensor, "... t"]) -> Float[Tensor, "... t t"]:
+    """[i, j] = the product of the decays at j+1 … i, 1 on the diagonal and 0 above it; decays of any sign, and zero."""
+    return torch.where(_below_diagonal(decay), decay[..., None], 1.0).cumprod(-2).tril()
 
-    Summed for each pair on its own, as a difference of two running sums loses all digits behind one large step. As a product
-    of triangular matrices: L·(diag(log_decay)·strict lower triangle).
+
+def survival_from_log(log_decay: Float[Tensor, "... t"]) -> Float[Tensor, "... t t"]:
+    """`survival` of exp(log_decay).
+
+    The logarithms are summed for each pair on its own: a difference of two running sums loses all digits behind one
+    large step.
     """
-    t = log_decay.shape[-1]
-    lower = torch.ones(t, t, dtype=log_decay.dtype, device=log_decay.device).tril()
-    return (lower @ (log_decay[..., None] * lower.tril(-1))).tril(-1)
+    return torch.where(_below_diagonal(log_decay), log_decay[..., None], 0.0).cumsum(-2).exp().tril()
 
 
-def survival(log_decay: Float[Tensor, "... t"] | None = None, decay: Float[Tensor, "... t"] | None = None) -> Tensor:
-    """`(..., t, t)`: [i, j] = the product of the decays at j+1 … i, 1 on the diagonal and 0 above it.
-
-    From the logarithm where it is known; a decay that was replaced may be zero or negative and is multiplied up.
-    """
-    if decay is None:
-        return segment_sums(log_decay).exp().tril()
-    t = decay.shape[-1]
-    below = torch.ones(t, t, dtype=torch.bool, device=decay.device).tril(-1)
-    return torch.where(below, decay[..., None], 1.0).cumprod(-2).tril()
-
-
-def in_chunks(steps: Float[Tensor, "b t h ..."], size: int, pad: float = 0.0) -> Float[Tensor, "b h c size ..."]:
-    """Heads first and positions cut into chunks, the last one filled up with `pad`."""
-    steps = steps.transpose(1, 2)
-    missing = -steps.shape[2] % size
-    if missing:
-        filler = steps.new_full((*steps.shape[:2], missing, *steps.shape[3:]), pad)
-        steps = torch.cat((steps, filler), 2)
-    return steps.unflatten(2, (-1, size))
-
-
-def from_chunks(chunks: Sequence[Float[Tensor, "b h size ..."]], length: int) -> Float[Tensor, "b t h ..."]:
-    """The chunks in a row, without the fill, heads behind positions."""
-    return torch.cat(list(chunks), 2)[:, :, :length].transpose(1, 2)
+def _below_diagonal(steps: Float[Tensor, "... t"]) -> Bool[Tensor, "t t"]:
+    t = steps.shape[-1]
+    return torch.ones(t, t, dtype=torch.bool, device=steps.device).tril(-1)

@@ -1,13 +1,14 @@
-"""The gated delta rule of Gated DeltaNet and Qwen3-Next (Yang et al. 2024, arXiv:2412.06464).
+"""The gated delta rule of Gated DeltaNet and Qwen3-Next (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464).
 
-S_t = exp(g_t)·S_{t-1} + k_t⊗e_t with e_t = beta_t·(x_t − (exp(g_t)·S_{t-1})ᵀk_t), y_t = S_tᵀq_t: each step writes what is missing
-for key k_t to give back value x_t. What a step adds depends on the state, but linearly: the state is multiplied by
-exp(g)·(I − beta·k⊗k), and all is linear in x.
+S_t = exp(g_t)·S_{t-1} + k_t⊗e_t with e_t = beta_t·(x_t − (exp(g_t)·S_{t-1})ᵀk_t), and y_t = S_tᵀq_t: each step writes
+what is missing for key k_t to give back value x_t. What a step adds depends on the state, but linearly: the state is
+multiplied by exp(g)·(I − beta·k⊗k), and all is linear in x.
 
-Operands carry the names of the sites: x are the values `(b, t, h, dv)`; B the keys and C the queries `(b, t, h, dk)`, as they
-reach the recurrence (normalised and scaled if the model does so); g the log decay and beta, both `(b, t, h)`; state
-`(b, h, dk, dv)`. Everything is computed in float32 (float64 if an operand is, or with `accumulate=torch.float64`); y comes back
-in x's dtype, states in the dtype they were computed in. A shape that does not fit raises ValueError.
+Operands carry the names of the sites: x are the values `(b, t, h, dv)`; B the keys and C the queries `(b, t, h, dk)`,
+as they reach the recurrence (normalised and scaled if the model does so); g the log decay and beta, both `(b, t, h)`;
+state `(b, h, dk, dv)`. Everything is computed in float32 (float64 if an operand is, or with
+`accumulate=torch.float64`); y comes back in x's dtype, states in the dtype they were computed in. A shape that does not
+fit raises ValueError.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from circuitbench.recurrences._linear import Edits
 
-CHUNK = 64  # positions solved together
+CHUNK = 32  # positions solved together; 16 and 64 are slower on a CPU core, a step at a time ten times slower
 
 
 def forward(
@@ -34,7 +35,7 @@ def forward(
     C: Float[Tensor, "b t h dk"],
     g: Float[Tensor, "b t h"],
     beta: Float[Tensor, "b t h"],
-    D: Float[Tensor, "h *dv"] | None = None,
+    D: Float[Tensor, "h dv"] | Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h dk dv"] | None = None,
     *,
     edits: Edits | None = None,
@@ -49,8 +50,8 @@ def forward(
         D: a skip D·x added to y, for families that have one.
         edits: position -> new state, or function from S_t to it.
         when: "before_read": y_t and all later positions follow the edit; "after_read": y_t keeps the unedited read.
-        write: at each (batch, position, head) where it differs from `write_of`, exactly this is added to the decayed state;
-            where it is equal, the model's own rule stands (and no gradient reaches `write`, as the value is not used).
+        write: at each (batch, position, head) where it differs from `write_of`, exactly this is added to the decayed
+            state; where it is equal, the model's own rule stands (and no gradient reaches `write`, as it is not used).
         decay: replaces exp(g).
         accumulate: torch.float64 runs the recurrence in double precision.
 
@@ -118,7 +119,7 @@ def iter_states(
     """
     steps, state, cuts = _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate)
     checked = _linear.check_edits(edits, x.shape[1], when)
-    cuts = [*cuts, *_linear.chunk_cuts(chunk, state, x.shape[1])]
+    cuts = [*cuts, *_linear.memory_cuts(chunk, state, x.shape[1])]
     return _linear.states_with_edits(_states, steps, state, checked, cuts)
 
 
@@ -191,7 +192,7 @@ def mixing(
     """The recurrence as one causal matrix per head: y = mixing·x, from a zero initial state."""
     steps, _, _ = _prepare(x, B, C, g, beta, None, None, None, accumulate)
     k, q, beta = steps["B"].transpose(1, 2), steps["C"].transpose(1, 2), steps["beta"].transpose(1, 2)
-    kept = _linear.survival(steps["g"].transpose(1, 2))
+    kept = _linear.survival_from_log(steps["g"].transpose(1, 2))
     system = (beta[..., None] * k @ k.mT) * kept
     errors = torch.linalg.solve_triangular(system, torch.diag_embed(beta), upper=False, unitriangular=True)
     return (q @ k.mT * kept) @ errors
@@ -205,7 +206,7 @@ def knockout(
     beta: Float[Tensor, "b t h"],
     sources: Bool[Tensor, "*b t"],
     destinations: Bool[Tensor, "*b t"],
-    D: Float[Tensor, "h *dv"] | None = None,
+    D: Float[Tensor, "h dv"] | Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h dk dv"] | None = None,
     *,
     heads: Sequence[int] | None = None,
@@ -214,8 +215,8 @@ def knockout(
 ) -> tuple[Float[Tensor, "b t h dv"], Float[Tensor, "b h dk dv"]]:
     """`forward` with what the values at `sources` contribute to the output at `destinations` taken out; a D skip stays.
 
-    Exact, because the recurrence is linear in x: the outputs of a run over x masked to the sources are subtracted. What a
-    source erases stays erased. The state goes on as it was, so the final state and all other positions are unchanged.
+    Exact, because the recurrence is linear in x: the outputs of a run over x masked to the sources are subtracted. What
+    a source erases stays erased. The state goes on as it was, so the final state and all other positions are unchanged.
 
     Args:
         sources, destinations: boolean masks over positions, `(t,)` or `(b, t)`.
@@ -233,12 +234,12 @@ def frozen(
     C: Float[Tensor, "b t h dk"],
     g: Float[Tensor, "b t h"],
     beta: Float[Tensor, "b t h"],
-    D: Float[Tensor, "h *dv"] | None = None,
+    D: Float[Tensor, "h dv"] | Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h dk dv"] | None = None,
     *,
     accumulate: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "b t h dv"], Float[Tensor, "b h dk dv"]]:
-    """`forward` with everything but x detached: linear in x, so that gradient × input sums to y (from a zero initial state)."""
+    """`forward` with all but x detached: linear in x, so gradient × input sums to y (from a zero initial state)."""
     B, C, g, beta = B.detach(), C.detach(), g.detach(), beta.detach()
     D = None if D is None else D.detach()
     initial_state = None if initial_state is None else initial_state.detach()
@@ -246,7 +247,7 @@ def frozen(
 
 
 def _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate, D=None, name="initial_state"):
-    """Checked operands over positions in the working dtype, the starting state, and where given writes cut the sequence."""
+    """Checked operands over positions in the working dtype, the starting state, and cuts around the given writes."""
     size = _linear.match_shapes(
         x=(x, "b t h dv"),
         B=(B, "b t h dk"),
@@ -291,21 +292,29 @@ def _states(run: dict[str, Tensor], S: Tensor) -> Tensor:
 
 
 def _chunked(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors e `(b, t, h, dv)`, outputs and final state, by chunks (the UT transform of arXiv:2406.06484, with decay).
+    """Errors e `(b, t, h, dv)`, outputs and final state, by chunks: the whole ones at once, then the rest."""
+    errors, outputs = [], []
+    for _, _, part in _linear.segments(run, chunk=CHUNK):
+        e, y, S = _equal_chunks(part, S)
+        errors += e
+        outputs += y
+    return torch.cat(errors, 1), torch.cat(outputs, 1), S
+
+
+def _equal_chunks(run: dict[str, Tensor], S: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The UT transform of DeltaNet (Yang et al. 2024, arXiv:2406.06484) with decay.
 
     Within a chunk that starts from S, with P_i the decay since its start and K_ij that from j to i,
     e_i + Σ_{j<i} beta_i·K_ij·(k_i·k_j)·e_j = beta_i·(x_i − P_i·Sᵀk_i): one triangular system for all positions, whose
     solution for x and for k does not depend on S. Only the last step runs from chunk to chunk.
     """
-    length = run["x"].shape[1]
-    size = min(CHUNK, length)
-    x, k, q, beta = (_linear.in_chunks(run[name], size) for name in ("x", "B", "C", "beta"))
+    cut = (-1, min(CHUNK, run["x"].shape[1]))
+    x, k, q, beta, log = (run[name].unflatten(1, cut).transpose(2, 3) for name in ("x", "B", "C", "beta", "g"))
     if "decay" in run:
-        first = _linear.in_chunks(run["decay"], size, pad=1.0)
-        kept = _linear.survival(decay=first)
+        first = run["decay"].unflatten(1, cut).transpose(2, 3)
+        kept = _linear.survival(first)
     else:
-        log = _linear.in_chunks(run["g"], size)
-        first, kept = log.exp(), _linear.survival(log)
+        first, kept = log.exp(), _linear.survival_from_log(log)
     since_start = (kept[..., 0] * first[..., :1])[..., None]
     k_beta = k * beta[..., None]
     targets = torch.cat((x * beta[..., None], k_beta * since_start), -1)
@@ -315,9 +324,9 @@ def _chunked(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]
     k_to_end = k * kept[..., -1, :, None]
     parts = (from_x, from_state, scores, q * since_start, k_to_end, since_start[..., -1:, :])
     errors, outputs = [], []
-    for new, seen, score, query, key, survives in zip(*(part.unbind(2) for part in parts)):
+    for new, seen, score, query, key, survives in zip(*(part.unbind(1) for part in parts), strict=True):
         e = new - seen @ S
-        errors.append(e)
-        outputs.append(query @ S + score @ e)
+        errors.append(e.transpose(1, 2))
+        outputs.append((query @ S + score @ e).transpose(1, 2))
         S = survives * S + key.mT @ e
-    return _linear.from_chunks(errors, length), _linear.from_chunks(outputs, length), S
+    return errors, outputs, S

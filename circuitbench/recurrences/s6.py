@@ -1,10 +1,11 @@
-"""S6, the selective scan of Mamba (Gu & Dao 2023, arXiv:2312.00752): h_t = exp(dt_t·A)·h_{t-1} + dt_t·B_t·x_t, y_t = C_t·h_t + D·x_t.
+"""S6, the selective scan of Mamba (Gu & Dao 2023, arXiv:2312.00752).
 
-Every channel has its own state of n numbers and its own decay for each of them.
+h_t = exp(dt_t·A)·h_{t-1} + dt_t·B_t·x_t and y_t = C_t·h_t + D·x_t: every channel has its own state of n numbers and its
+own decay for each of them.
 
 Shapes: x, dt `(b, t, d)` with dt after softplus; A `(d, n)`; B, C `(b, t, n)`; D `(d,)` or None; state `(b, d, n)`.
-Everything is computed in float32 (float64 if an operand is, or with `accumulate=torch.float64`); y comes back in x's dtype,
-states in the dtype they were computed in. A shape that does not fit raises ValueError.
+Everything is computed in float32 (float64 if an operand is, or with `accumulate=torch.float64`); y comes back in x's
+dtype, states in the dtype they were computed in. A shape that does not fit raises ValueError.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from circuitbench.recurrences import _linear
+from circuitbench.recurrences._selective_scan import plain_scan, selective_scan
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -53,14 +55,18 @@ def forward(
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D)
     checked = _linear.check_edits(edits, x.shape[1], when)
 
+    replaced = write is not None or decay is not None
+
     def scan(run: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
-        states = _states(run, A, h)
-        return torch.einsum("btdn,btn->btd", states, run["C"]), states[:, -1]
+        if replaced:
+            return plain_scan(_decay(run, A), _write(run), run["C"], h)
+        return selective_scan(run["x"], run["dt"], A, run["B"], run["C"], h)
 
     def read(run: dict[str, Tensor], h: Tensor) -> Tensor:
         return torch.einsum("bdn,bn->bd", h, run["C"][:, -1])[:, None]
 
-    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when)
+    cuts = _linear.memory_cuts(None, state, x.shape[1]) if replaced else ()
+    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when, cuts)
     if D is not None:
         y = y + D.to(y) * steps["x"]
     return y.to(x.dtype), final
@@ -108,7 +114,7 @@ def iter_states(
     """
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
     checked = _linear.check_edits(edits, x.shape[1], when)
-    cuts = _linear.chunk_cuts(chunk, state, x.shape[1])
+    cuts = _linear.memory_cuts(chunk, state, x.shape[1])
     return _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked, cuts)
 
 
@@ -180,11 +186,9 @@ def mixing(
         raise ValueError(f"S6 has one mixing matrix per channel; give channels=, one or more of 0 to {x.shape[2] - 1}.")
     chosen = _linear.index_list(channels, "channels", x.shape[2], x.device)
     dt = steps["dt"][:, :, chosen].transpose(1, 2)
-    elapsed = _linear.segment_sums(dt)
-    later = ~torch.ones(dt.shape[-1], dt.shape[-1], dtype=torch.bool, device=x.device).tril()
-    mixed = torch.zeros_like(elapsed)
-    for a, B_n, C_n in zip(A[chosen].unbind(1), steps["B"].unbind(2), steps["C"].unbind(2)):
-        kept = (elapsed * a[:, None, None]).exp().masked_fill(later, 0)
+    mixed = torch.zeros(())
+    for a, B_n, C_n in zip(A[chosen].unbind(1), steps["B"].unbind(2), steps["C"].unbind(2), strict=True):
+        kept = _linear.survival_from_log(dt * a[:, None])
         mixed = mixed + kept * C_n[:, None, :, None] * (B_n[:, None] * dt)[:, :, None]
     return mixed
 
@@ -206,8 +210,8 @@ def knockout(
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
     """`forward` with what `sources` contribute to the scan's output at `destinations` taken out; the D skip stays.
 
-    Exact, because the scan is linear in x: the outputs of a scan over x masked to the sources are subtracted. The state goes
-    on as it was, so the final state and all other positions are unchanged.
+    Exact, because the scan is linear in x: the outputs of a scan over x masked to the sources are subtracted. The state
+    goes on as it was, so the final state and all other positions are unchanged.
 
     Args:
         sources, destinations: boolean masks over positions, `(t,)` or `(b, t)`.
@@ -230,7 +234,7 @@ def frozen(
     *,
     accumulate: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
-    """`forward` with everything but x detached: linear in x, so that gradient × input sums to y (from a zero initial state)."""
+    """`forward` with all but x detached: linear in x, so gradient × input sums to y (from a zero initial state)."""
     dt, A, B, C = dt.detach(), A.detach(), B.detach(), C.detach()
     D = None if D is None else D.detach()
     initial_state = None if initial_state is None else initial_state.detach()

@@ -1,11 +1,12 @@
-"""SSD, the scan of Mamba-2 (Dao & Gu 2024, arXiv:2405.21060): h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t⊗B_t, y_t = h_t·C_t + D·x_t.
+"""SSD, the scan of Mamba-2 (Dao & Gu 2024, arXiv:2405.21060).
 
-Every head has a state of p × n numbers and one decay for all of them, so a run of positions is a few matrix products.
+h_t = exp(dt_t·A)·h_{t-1} + dt_t·x_t⊗B_t and y_t = h_t·C_t + D·x_t: every head has a state of p × n numbers and one
+decay for all of them, so that a run of positions is a few matrix products.
 
-Shapes: x `(b, t, h, p)`; dt `(b, t, h)` after softplus and clamp; A `(h,)`; B, C `(b, t, g, n)`, head i using group i // (h // g);
-D `(h,)`, `(h, p)` or None; state `(b, h, p, n)`. Everything is computed in float32 (float64 if an operand is, or with
-`accumulate=torch.float64`); y comes back in x's dtype, states in the dtype they were computed in. A shape that does not fit
-raises ValueError.
+Shapes: x `(b, t, h, p)`; dt `(b, t, h)` after softplus and clamp; A `(h,)`; B, C `(b, t, g, n)`, where head i uses
+group i // (h // g); D `(h,)`, `(h, p)` or None; state `(b, h, p, n)`. Everything is computed in float32 (float64 if an
+operand is, or with `accumulate=torch.float64`); y comes back in x's dtype, states in the dtype they were computed in. A
+shape that does not fit raises ValueError.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
     from circuitbench.recurrences._linear import Edits
 
 
+CHUNK = 64  # positions per matrix product; 32 is as fast on a CPU core, 16 and 128 are slower
+
+
 def forward(
     x: Float[Tensor, "b t h p"],
     dt: Float[Tensor, "b t h"],
     A: Float[Tensor, " h"],
     B: Float[Tensor, "b t g n"],
     C: Float[Tensor, "b t g n"],
-    D: Float[Tensor, "h *p"] | None = None,
+    D: Float[Tensor, "h p"] | Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h p n"] | None = None,
     *,
     edits: Edits | None = None,
@@ -55,13 +59,16 @@ def forward(
     checked = _linear.check_edits(edits, x.shape[1], when)
 
     def scan(run: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
+        if write is None:
+            return _chunked(run, A, h)
         states = _states(run, A, h)
-        return torch.einsum("bthpn,bthn->bthp", states, run["C"]), states[:, -1]
+        return torch.einsum("bthpn,bthn->bthp", states, _per_head(run["C"], x.shape[2])), states[:, -1]
 
     def read(run: dict[str, Tensor], h: Tensor) -> Tensor:
-        return torch.einsum("bhpn,bhn->bhp", h, run["C"][:, -1])[:, None]
+        return torch.einsum("bhpn,bthn->bthp", h, _per_head(run["C"][:, -1:], x.shape[2]))
 
-    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when)
+    cuts = () if write is None else _linear.memory_cuts(None, state, x.shape[1])
+    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when, cuts)
     if D is not None:
         y = y + (D[:, None] if D.ndim == 1 else D).to(y) * steps["x"]
     return y.to(x.dtype), final
@@ -109,7 +116,7 @@ def iter_states(
     """
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
     checked = _linear.check_edits(edits, x.shape[1], when)
-    cuts = _linear.chunk_cuts(chunk, state, x.shape[1])
+    cuts = _linear.memory_cuts(chunk, state, x.shape[1])
     return _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked, cuts)
 
 
@@ -157,7 +164,7 @@ def adjoint(
     """∂L/∂h_t at every position, later steps included, from ∂L/∂y: g_t = ∂L/∂y_t⊗C_t + exp(dt_{t+1}·A)·g_{t+1}."""
     steps, A, state = _prepare(x, dt, A, B, C, grad_final_state, None, decay, accumulate, name="grad_final_state")
     _linear.match_shapes(x=(x, "b t h p"), grad_y=(grad_y, "b t h p"))
-    direct = grad_y.to(state)[..., None] * steps["C"][..., None, :]
+    direct = grad_y.to(state)[..., None] * _per_head(steps["C"], x.shape[2])[..., None, :]
     return _linear.reverse_states(_decay(steps, A)[..., None, None], direct, state)
 
 
@@ -173,8 +180,9 @@ def mixing(
     """The scan as one causal matrix per head: y = mixing·x + D·x, from a zero initial state."""
     steps, A, _ = _prepare(x, dt, A, B, C, None, None, None, accumulate)
     dt = steps["dt"].transpose(1, 2)
-    kept = _linear.segment_sums(dt * A[:, None]).exp().tril()
-    return torch.einsum("bthn,bshn->bhts", steps["C"], steps["B"]) * kept * dt[:, :, None]
+    kept = _linear.survival_from_log(dt * A[:, None])
+    scores = torch.einsum("btgn,bsgn->bgts", steps["C"], steps["B"])
+    return scores.repeat_interleave(x.shape[2] // scores.shape[1], 1) * kept * dt[:, :, None]
 
 
 def knockout(
@@ -185,7 +193,7 @@ def knockout(
     C: Float[Tensor, "b t g n"],
     sources: Bool[Tensor, "*b t"],
     destinations: Bool[Tensor, "*b t"],
-    D: Float[Tensor, "h *p"] | None = None,
+    D: Float[Tensor, "h p"] | Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h p n"] | None = None,
     *,
     heads: Sequence[int] | None = None,
@@ -194,8 +202,8 @@ def knockout(
 ) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
     """`forward` with what `sources` contribute to the scan's output at `destinations` taken out; the D skip stays.
 
-    Exact, because the scan is linear in x: the outputs of a scan over x masked to the sources are subtracted. The state goes
-    on as it was, so the final state and all other positions are unchanged.
+    Exact, because the scan is linear in x: the outputs of a scan over x masked to the sources are subtracted. The state
+    goes on as it was, so the final state and all other positions are unchanged.
 
     Args:
         sources, destinations: boolean masks over positions, `(t,)` or `(b, t)`.
@@ -213,12 +221,12 @@ def frozen(
     A: Float[Tensor, " h"],
     B: Float[Tensor, "b t g n"],
     C: Float[Tensor, "b t g n"],
-    D: Float[Tensor, "h *p"] | None = None,
+    D: Float[Tensor, "h p"] | Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h p n"] | None = None,
     *,
     accumulate: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "b t h p"], Float[Tensor, "b h p n"]]:
-    """`forward` with everything but x detached: linear in x, so that gradient × input sums to y (from a zero initial state)."""
+    """`forward` with all but x detached: linear in x, so gradient × input sums to y (from a zero initial state)."""
     dt, A, B, C = dt.detach(), A.detach(), B.detach(), C.detach()
     D = None if D is None else D.detach()
     initial_state = None if initial_state is None else initial_state.detach()
@@ -226,7 +234,7 @@ def frozen(
 
 
 def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, name="initial_state"):
-    """Checked operands over positions in the working dtype (B and C per head), A, and the starting state."""
+    """Checked operands over positions in the working dtype, A, and the starting state."""
     size = _linear.match_shapes(
         x=(x, "b t h p"),
         dt=(dt, "b t h"),
@@ -241,8 +249,6 @@ def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, na
     if size["h"] % size["g"]:
         raise ValueError(f"x has {size['h']} heads and B {size['g']} groups; the groups must divide the heads evenly.")
     dtype = _linear.working_dtype(accumulate, x, dt, A, B, C)
-    per_group = size["h"] // size["g"]
-    B, C = B.repeat_interleave(per_group, 2), C.repeat_interleave(per_group, 2)
     steps = {"x": x, "dt": dt, "B": B, "C": C, "write": write, "decay": decay}
     steps = {key: value.to(dtype) for key, value in steps.items() if value is not None}
     state = _linear.start_state(initial_state, [size[axis] for axis in "bhpn"], steps["x"])
@@ -254,8 +260,62 @@ def _decay(run: dict[str, Tensor], A: Tensor) -> Tensor:
 
 
 def _write(run: dict[str, Tensor]) -> Tensor:
-    return run["write"] if "write" in run else (run["dt"][..., None] * run["x"])[..., None] * run["B"][..., None, :]
+    if "write" in run:
+        return run["write"]
+    return (run["dt"][..., None] * run["x"])[..., None] * _per_head(run["B"], run["x"].shape[2])[..., None, :]
+
+
+def _per_head(groups: Tensor, heads: int) -> Tensor:
+    """B or C `(b, t, g, n)` as `(b, t, h, n)`."""
+    return groups.repeat_interleave(heads // groups.shape[2], 2)
 
 
 def _states(run: dict[str, Tensor], A: Tensor, state: Tensor) -> Tensor:
     return _linear.linear_states(_decay(run, A)[..., None, None], _write(run), state)
+
+
+def _chunked(run: dict[str, Tensor], A: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs without the skip, and final state, by chunks: the whole ones at once, then the rest."""
+    outputs = []
+    for _, _, part in _linear.segments(run, chunk=CHUNK):
+        y, S = _equal_chunks(part, A, S)
+        outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), S
+
+
+def _equal_chunks(run: dict[str, Tensor], A: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Section 6 of the paper: within a chunk a masked matrix product, from chunk to chunk the state.
+
+    Axes: batch, chunk, group, position, head of the group, head_dim. The products with B and C run over all heads of a
+    group at once, and a chunk is done with while it is in the cache.
+    """
+    x, dt, B, C = run["x"], run["dt"], run["B"], run["C"]
+    (groups, n), (heads, p) = B.shape[2:], x.shape[2:]
+    cut = (-1, min(CHUNK, x.shape[1]))
+    group = (groups, heads // groups)
+
+    def by_chunk(v: Tensor) -> Tensor:  # (b, t, h) -> (b, c, g, r, l)
+        return v.unflatten(2, group).unflatten(1, cut).permute(0, 1, 3, 4, 2)
+
+    if "decay" in run:
+        first = by_chunk(run["decay"])
+        kept = _linear.survival(first)
+    else:
+        log = by_chunk(dt * A)
+        first, kept = log.exp(), _linear.survival_from_log(log)
+    since_start = (kept[..., 0] * first[..., :1]).mT[..., None]
+    to_end = kept[..., -1, :].mT[..., None]
+    B, C = (v.unflatten(1, cut).transpose(2, 3) for v in (B, C))
+    scores = kept * (C @ B.mT)[:, :, :, None]
+    inputs = (x * dt[..., None]).unflatten(2, group).unflatten(1, cut).transpose(2, 3)
+    S = S.reshape(-1, groups, heads // groups * p, n)
+    outputs = []
+    for u, b, c, score, since, until in zip(
+        *(v.unbind(1) for v in (inputs, B, C, scores, since_start, to_end)), strict=True
+    ):
+        from_before = (c @ S.mT).unflatten(-1, (-1, p)) * since
+        outputs.append(from_before + (score @ u.transpose(2, 3)).transpose(2, 3))
+        survived = (S.unflatten(2, (-1, p)) * since[:, :, -1, :, :, None]).flatten(2, 3)
+        S = survived + (u * until).flatten(3).mT @ b
+    y = torch.stack(outputs, 1).transpose(2, 3)
+    return y.reshape(x.shape), S.reshape(-1, heads, p, n)
