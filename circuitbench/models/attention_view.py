@@ -11,7 +11,7 @@ import torch
 
 from ..errors import BadInput
 from . import events
-from .spots import edited, matching, splice, version_of
+from .spots import edited, instrument, matching, splice, version_of
 
 if TYPE_CHECKING:
     from nnsight.intervention.envoy import Envoy
@@ -26,10 +26,11 @@ class Pattern:
     def __init__(self, address: str, envoy: Envoy) -> None:
         self.address = address
         self.envoy = envoy
+        self.instrument: list[Envoy] = []
 
     def places(self) -> tuple[str, str]:
         """Locations of the attention operation's input and output."""
-        self.envoy.source  # noqa: B018  (instruments the module's forward before it runs)
+        instrument(self.instrument)
         operation = f"{self.envoy.path}.source.{OPERATION}"
         return f"{operation}.input", f"{operation}.output"
 
@@ -40,7 +41,7 @@ class Pattern:
         held = seen.get(self.address)
         if held is not None and held[0] is events.waiting(after) and held[0].occurrence == occurrence:
             return held[1]
-        values = events.read(before)[0][3]
+        values = self.values(before, after, occurrence)
         weights = self.weights(events.read(after))
         rows = events.rows(after)
         tracked = torch.is_grad_enabled() and weights.requires_grad
@@ -58,11 +59,18 @@ class Pattern:
     def set(self, value: Tensor) -> None:
         """Replace the pattern: each head's output becomes `value` times the values it attends to."""
         before, after = self.places()
-        values = events.read(before)[0][3]
+        values = self.values(before, after, events.wanted(after))
         weights, rows = self.weights(events.read(after)), events.rows(after)
         value = matching(value, weights[rows], self.address)
         if not torch.equal(value, weights[rows]) or (torch.is_grad_enabled() and value.requires_grad):
             self.put(after, value, values, rows, keep=False)
+
+    def values(self, before: str, after: str, occurrence: int) -> Tensor:
+        """The values that the pattern weighs, `(b, kv_heads, t, p)`, kept from the operation's input."""
+        seen, key = events.notes(before), (before, occurrence)
+        if key not in seen:
+            seen[key] = events.read(before)[0][3]
+        return seen[key]
 
     def weights(self, output: tuple) -> Tensor:
         """The weights in the operation's output."""

@@ -61,8 +61,9 @@ class Binder:
         spots: dict[str, dict[str, Any]] = {name: {} for name in found}
         scans: dict[str, str] = {}
         shapes: dict[str, tuple[str, ...]] = {}
+        axes: dict[str, list[str]] = {}
         names: dict[str, list[str]] = {name: [] for name in found}
-        scanned = False
+        places: list[tuple[str, str, Envoy, bool]] = []  # (owner, name, module it is inside of, is an operation of it)
         for name, entry in self.architecture.sites.items():
             owner, _, site_name = name.rpartition(".")
             if owner not in found:
@@ -71,22 +72,30 @@ class Binder:
             if site is None:
                 continue
             address = f"layers.{index}.{name}"
-            locations = (site.at, site.step or site.at)
-            scanned = scanned or site.at.startswith("scan:")
-            for at in locations:
+            for at in (site.at, site.step or site.at):
                 if at.startswith("scan:"):
                     scans[site_name] = at.removeprefix("scan:")
-            if site.at.startswith("pattern:"):
+            if site.at.startswith("scan:"):
+                places.append((owner, site_name, envoys[owner], True))
+            elif site.at.startswith("pattern:"):
                 spots[owner][site_name] = Pattern(address, envoys[owner])
-            elif not site.at.startswith("scan:"):
+                places.append((owner, site_name, envoys[owner], True))
+            else:
                 home = envoys[owner if site.base is None else site.base]
-                early = owner == "ssm" and not scanned and site.base is None
-                spot = self.spot(address, site, home, envoys[owner], module, self.architecture.parts.get(owner), early)
+                spot = self.spot(address, site, home, envoys[owner], module, self.architecture.parts.get(owner))
                 if spot is None:
                     continue
+                part = self.architecture.parts.get(owner)
+                spot.opens = part is not None and part.scan is not None and not scans and site.base is None
                 spots[owner][site_name] = spot
+                places.append((owner, site_name, spot.envoy, ".source." in spot.locations[0]))
             names[owner].append(site_name)
+            axes[name] = canonical_axes(site)
             shapes[name] = self.shape(site, envoys[owner]._module, module, self.architecture.parts.get(owner))
+        needed = instrumented_first(places)
+        for owner, site_name, *_ in places:
+            if site_name in spots[owner]:
+                spots[owner][site_name].instrument = needed[owner, site_name]
         parts: dict[str, PartView] = {}
         for name in found:
             if name == LAYER or not names[name]:
@@ -97,10 +106,17 @@ class Binder:
             else:
                 recurrence = recurrences.RECURRENCES[part.scan.recurrence]
                 parts[name] = SSMView(
-                    f"layers.{index}.{name}", spots[name], envoys[name], part.scan, recurrence, scans, names[name]
+                    f"layers.{index}.{name}",
+                    spots[name],
+                    envoys[name],
+                    part.scan,
+                    recurrence,
+                    scans,
+                    names[name],
+                    [envoy for owner, site in needed if owner == name and site in scans for envoy in needed[owner, site]],
                 )
         kind = kind_of(found, self.architecture.parts)
-        return LayerView(index, kind, envoys[LAYER], spots[LAYER], parts, shapes)
+        return LayerView(index, kind, envoys[LAYER], spots[LAYER], parts, shapes, axes)
 
     def root(self, name: str, at: str, site: Site) -> Spot:
         """A site of the model as a whole."""
@@ -140,7 +156,6 @@ class Binder:
         owner: Envoy,
         layer: nn.Module | None,
         part: Part | None,
-        early: bool = False,
     ) -> Spot | None:
         """A site bound to the module it lives in, or ``None`` if this layer lacks that module."""
         places = [self.place(at, home) for at in (site.at, site.step if (site.step or "").startswith("/") else site.at)]
@@ -149,10 +164,7 @@ class Binder:
         (envoy, sequence, element), (_, step, _) = places
         raw, canonical = site.patterns
         grouped = axes_of(raw) if "(" in raw else axes_of(canonical) if "(" in canonical else []
-        sizes = {axis: size for axis, size in self.sizes(grouped, owner._module, layer, part).items()}
-        if "p" in sizes:
-            sizes.pop("h", None)  # one of the two is enough, and key heads may be fewer
-            sizes.pop("kv", None)
+        sizes = self.sizes(grouped, owner._module, layer, part)
         return Spot(
             address=address,
             envoy=envoy,
@@ -167,7 +179,6 @@ class Binder:
             trim=site.trim,
             in_place=site.in_place,
             writable=site.writable,
-            early=early,
         )
 
     def sizes(
@@ -182,8 +193,7 @@ class Binder:
         self, site: Site, owner: nn.Module, layer: nn.Module | None, part: Part | None
     ) -> tuple[str, ...]:
         """The canonical axes, with sizes where the map knows them."""
-        axes = site.patterns[1].split() if "(" not in site.patterns[1] else ["b", "t", "d_inner"]
-        axes = axes if site.index is None else axes[1:]
+        axes = canonical_axes(site)
         sizes = self.sizes(axes, owner, layer, part)
         return tuple(f"{sizes[axis]}" if axis in sizes else axis for axis in axes)
 
@@ -210,9 +220,31 @@ class Binder:
         return envoy, f"{prefix}.{port}", element
 
 
+def instrumented_first(places: list[tuple[str, str, Envoy, bool]]) -> dict[tuple[str, str], list[Envoy]]:
+    """For every site, the modules whose operations must be instrumented before it is asked for.
+
+    nnsight instruments a module's forward when an operation in it is first named. Once the model is inside that forward it
+    is too late, so whoever asks for an earlier site inside the module has to name it first.
+    """
+    needed: dict[tuple[str, str], list[Envoy]] = {}
+    for number, (owner, name, envoy, operation) in enumerate(places):
+        later = [other for _, _, other, is_operation in places[number:] if is_operation]
+        inside = [other for other in later if envoy.path.startswith(f"{other.path}.") or (operation and other is envoy)]
+        needed[owner, name] = list({other.path: other for other in inside}.values())
+    return needed
+
+
 def axes_of(pattern: str) -> list[str]:
     """Axis names of an einops pattern."""
     return pattern.replace("(", " ").replace(")", " ").split()
+
+
+def canonical_axes(site: Site) -> list[str]:
+    """Axis names of the site's tensor, as a user sees it."""
+    canonical = site.patterns[1]
+    if "(" in canonical:  # heads merged back into channels
+        return ["b", "t", "d_inner"]
+    return canonical.split()[0 if site.index is None else 1 :]
 
 
 def kind_of(found: dict[str, str], parts: Any) -> str:

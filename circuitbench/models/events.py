@@ -64,6 +64,11 @@ def wanted(location: str) -> int:
     return worker(location).wanted(location)
 
 
+def follows(location: str) -> bool:
+    """Whether requests follow the model from visit to visit (inside ``tracer.iter``), rather than ask for a fixed one."""
+    return worker(location).iteration is None
+
+
 def passed(location: str, occurrence: int) -> bool:
     """Whether the model is already past this visit of `location`."""
     return worker(location).occurrence(location) > occurrence

@@ -52,7 +52,6 @@ class ScanRun:
         self.recurrence = recurrence
         self.decoding = now.decoding
         self.length = now.length
-        envoy.source  # noqa: B018  (instruments the mixer's forward before it runs)
         operation = f"{envoy.path}.source.{scan.step if now.decoding else scan.sequence}"
         self.input, self.output = f"{operation}.input", f"{operation}.output"
         self.occurrence = events.wanted(self.input)
@@ -79,6 +78,7 @@ class ScanRun:
         self.knockouts: list[dict[str, Any]] = []
         self.overridden: set[str] = set()  # decay and write, where the block changed them
         self.replayed = False
+        self.pending: Any = None  # the write-back that will settle this run
 
     def too_late(self, what: str) -> BadInput:
         """The error for anything asked after the model has moved on."""
@@ -185,6 +185,11 @@ class ScanRun:
         """Register a knockout of what `sources` contribute to y at `destinations`."""
         if events.passed(self.input, self.occurrence):
             raise self.too_late("a knockout was asked for")
+        if self.decoding:
+            raise BadInput(
+                f"{self.address}: a Knockout needs its sources in the same forward; while one token is decoded from a cached "
+                "state, what came from where can no longer be told apart."
+            )
         self.knockouts.append({"sources": sources, "destinations": destinations, "heads": heads})
         self.settle_later("a knockout was asked for")
 
@@ -239,7 +244,7 @@ class ScanRun:
             if (self.gated and self.rows != slice(None)) or (tracked and (self.gated or value._is_view())):
                 value = value.clone()
             self.held["y"] = (value, version_of(value))
-            self.settle_later("y was asked for")
+        self.settle_later("y was asked for")
         return self.held["y"][0]
 
     def give_y(self, value: Tensor) -> None:
@@ -247,24 +252,30 @@ class ScanRun:
         self.be_at_output()
         now = self.firing.y[self.rows]
         value = matching(value, now, f"{self.address}.y")
-        if same(value, now) and "y" not in self.held:
-            return
-        self.held.pop("y", None)
-        self.firing.y = splice(self.firing.y, self.rows, value)
-        self.publish()
+        if not same(value, now) or "y" in self.held:
+            self.held.pop("y", None)
+            self.firing.y = splice(self.firing.y, self.rows, value)
+            self.publish()
+        self.settle_later("y was written")
 
     def be_at_output(self) -> None:
         """Wait at the operation's output, with every edit of its inputs replayed."""
         if events.passed(self.output, self.occurrence):
             raise self.too_late("y was asked for")
-        events.flush(events.worker(self.output))
+        mediator = events.worker(self.output)
+        if mediator.transform is self.pending:
+            mediator.transform = None  # settled here instead, so that the gate can be taken before the operation runs
+            self.settle()
         self.arrive()
 
     def settle_later(self, what: str) -> None:
         """Settle when the block moves on."""
         if events.passed(self.output, self.occurrence):
             raise self.too_late(what)
-        events.write_back(self.output, self.occurrence, self.settle)
+        mediator = events.worker(self.output)
+        if mediator.transform is not self.pending:
+            events.flush(mediator)
+        self.pending = events.write_back(self.output, self.occurrence, self.settle)
 
     def settle(self) -> None:
         """Make what the block asked for true: replay if the recurrence was touched, publish if the output was."""

@@ -33,9 +33,11 @@ def visit(part: Envoy) -> Visit:
     location = f"{part.path}.input"
     seen = events.notes(location)
     last, want = seen.get(location), events.wanted(location)
-    # Once served, `want` counts one further than the visit that the model is still inside of, unless a step is pinned.
-    if last is not None and (want == last.occurrence or (want == last.occurrence + 1 and not pinned_to(location, want))):
-        return last
+    if last is not None:
+        # A request that no step pins goes to the visit the model is inside of, until that visit's output has been made.
+        following = events.follows(location) and not events.passed(f"{part.path}.output", last.occurrence)
+        if following or want == last.occurrence:
+            return last
     if events.passed(location, want):
         raise BadInput(
             f"{part.path} was already running when its first site was asked for; ask for its sites in forward order, "
@@ -53,9 +55,10 @@ def visit(part: Envoy) -> Visit:
     return seen[location]
 
 
-def pinned_to(location: str, occurrence: int) -> bool:
-    """Whether ``tracer.iter`` has pinned the next request to this occurrence."""
-    return events.worker(location).iteration == occurrence
+def instrument(envoys: list[Envoy]) -> None:
+    """Let nnsight instrument these modules' forwards, so that operations inside them can be parked at."""
+    for envoy in envoys:
+        envoy.source  # noqa: B018
 
 
 def edited(tensor: Tensor, version: int) -> bool:
@@ -102,6 +105,8 @@ class Spot:
         part: The part's module (for its length and its phase), or ``None`` where that is never needed.
         locations: nnsight location of the tensor for a whole sequence, and while decoding.
         raw, canonical: einops patterns.
+        opens: Whether the site comes before the part's scan, which has to know then which visit it belongs to.
+        instrument: Modules whose operations must be instrumented before this site is asked for.
         sizes: Axis sizes that the patterns need.
     """
 
@@ -120,7 +125,6 @@ class Spot:
         trim: bool,
         in_place: bool,
         writable: bool,
-        early: bool,
     ) -> None:
         self.address = address
         self.envoy = envoy
@@ -135,16 +139,16 @@ class Spot:
         self.trim = trim
         self.in_place = in_place
         self.writable = writable
-        self.early = early
+        self.instrument: list[Envoy] = []
+        self.opens = False
 
     # Where ------------------------------------------------------------------------------------------------------------
 
     def here(self) -> tuple[str, Visit | None]:
         """The location to park at for this visit, and the visit where the layout depends on it."""
         sequence, step = self.locations
-        if "source" in sequence:
-            self.envoy.source  # noqa: B018  (instruments the module's forward before it runs)
-        if not (self.early or self.trim or sequence != step or "(b t" in self.raw):
+        instrument(self.instrument)
+        if not (self.trim or self.opens or sequence != step or "(b t" in self.raw):
             return sequence, None
         now = visit(self.part)
         return (step if now.decoding else sequence), now

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, ReadOnlySite, SiteNotFound
 from . import scan_view
+from .spots import instrument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,6 +74,7 @@ class SSMView(PartView):
         recurrence: Any,
         scan_sites: dict[str, str],
         names: list[str],
+        instrument: list[Envoy],
     ) -> None:
         self.__dict__["_address"] = address
         self.__dict__["_spots"] = spots
@@ -81,6 +83,7 @@ class SSMView(PartView):
         self.__dict__["_recurrence"] = recurrence
         self.__dict__["_scan_sites"] = scan_sites
         self.__dict__["_names"] = names
+        self.__dict__["_instrument"] = instrument
 
     @property
     def sites(self) -> list[str]:
@@ -89,6 +92,7 @@ class SSMView(PartView):
 
     def _run(self) -> scan_view.ScanRun:
         """The block's run of the scan."""
+        instrument(self._instrument)
         return scan_view.run_of(self._address, self._envoy, self._scan, self._recurrence)
 
     def __getattr__(self, name: str) -> Any:
@@ -177,7 +181,15 @@ class SSMView(PartView):
 
 
 class LayerView:
-    """One layer: its own sites (``resid_pre``, ``resid_mid``, ``resid_post``) and its parts (``ssm``, ``attn``, ``mlp``)."""
+    """One layer: its own sites (``resid_pre``, ``resid_mid``, ``resid_post``) and its parts (``ssm``, ``attn``, ``mlp``).
+
+    Attributes:
+        index: Number of the layer.
+        kind: ``"ssm"``, ``"attention"``, ``"hybrid"`` (both) or ``"mlp"`` (neither).
+        envoy: nnsight's envoy of the layer's module.
+        shapes: Site name -> shape, with sizes where they are known.
+        axes: Site name -> axis names.
+    """
 
     def __init__(
         self,
@@ -187,9 +199,18 @@ class LayerView:
         spots: dict[str, Spot],
         parts: dict[str, PartView],
         shapes: dict[str, tuple[str, ...]],
+        axes: dict[str, list[str]],
     ) -> None:
         self.__dict__.update(
-            {"index": index, "kind": kind, "envoy": envoy, "_spots": spots, "_parts": parts, "shapes": shapes}
+            {
+                "index": index,
+                "kind": kind,
+                "envoy": envoy,
+                "_spots": spots,
+                "_parts": parts,
+                "shapes": shapes,
+                "axes": axes,
+            }
         )
 
     @property

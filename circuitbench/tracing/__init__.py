@@ -1,0 +1,25 @@
+"""Running a model with every tensor in reach: capture, interventions, generation, local and remote."""
+
+from .addresses import resolve
+from .generation import generate_text
+from .hold import ablate, hold, steer
+from .interventions import Ablate, Add, Intervention, Knockout, Scale, Set
+from .run import Activations, Result, capture, intervene
+
+__all__ = [
+    "Ablate",
+    "Activations",
+    "Add",
+    "Intervention",
+    "Knockout",
+    "Result",
+    "Scale",
+    "Set",
+    "ablate",
+    "capture",
+    "generate_text",
+    "hold",
+    "intervene",
+    "resolve",
+    "steer",
+]

@@ -1,0 +1,97 @@
+"""`generate_text`: a prompt in, text out, with or without interventions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import BadInput
+from .hold import hold
+from .prompts import encode
+from .remote import explained
+from .run import lock_of
+
+if TYPE_CHECKING:
+    from ..models import Model
+    from .interventions import Intervention, Knockout
+    from .prompts import Prompts
+
+
+def generate_text(
+    model: Model,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int = 20,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int = 1,
+    seed: int | None = None,
+    interventions: Intervention | Knockout | Sequence[Intervention | Knockout] = (),
+    remote: bool | str = False,
+) -> str | list[str]:
+    """Continue prompts.
+
+    Args:
+        model: The model.
+        prompts: What to continue (see `prompts.encode`).
+        max_new_tokens: Tokens to add at most.
+        temperature: 0 takes the most likely token every time; above, tokens are sampled.
+        top_k, top_p: Sample from the `top_k` most likely tokens, from the smallest set with probability `top_p`.
+        num_beams: More than 1 searches that many beams.
+        seed: Of the sampling.
+        interventions: Held for the prompt and every generated token.
+        remote: ``True``, ``"local"`` or a server's address: where to run.
+
+    Returns:
+        The continuation without the prompt; a list for a list of prompts.
+
+    Raises:
+        BadInput: For settings that contradict each other, or prompts that do not fit.
+    """
+    if max_new_tokens < 1:
+        raise BadInput(f"max_new_tokens={max_new_tokens}; ask for at least 1.")
+    if temperature < 0 or (temperature == 0 and (top_k is not None or top_p is not None)):
+        raise BadInput(f"temperature={temperature}: sampling with top_k or top_p needs a temperature above 0.")
+    if num_beams > 1 and temperature > 0:
+        raise BadInput("Beam search takes the most likely continuation; leave temperature at 0, or num_beams at 1.")
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p if top_p is not None else 1.0}
+    if num_beams > 1:
+        settings["num_beams"] = num_beams
+    batch = encode(model, prompts)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    held = hold(model, interventions) if interventions else contextlib.nullcontext()
+    with lock_of(model), held, explained(model, remote), torch.no_grad(), forked(seed):
+        with model.generate(**inputs, **settings, remote=remote) as tracer:
+            ids = tracer.result.save()
+    texts = [decode(model, row[batch.input_ids.shape[1] :].tolist()) for row in ids]
+    return texts[0] if is_single(prompts) else texts
+
+
+def is_single(prompts: Prompts) -> bool:
+    """Whether one prompt was given rather than a list of them."""
+    if isinstance(prompts, torch.Tensor):
+        return prompts.dim() == 1
+    return isinstance(prompts, str) or (isinstance(prompts, Sequence) and isinstance(prompts[0], int))
+
+
+@contextlib.contextmanager
+def forked(seed: int | None) -> Any:
+    """A seeded random state for the block, the caller's own afterwards."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def decode(model: Model, ids: list[int]) -> str:
+    """Generated ids as text, up to the end of text."""
+    assert model.tokenizer is not None  # `load_model` gives every model one
+    return model.tokenizer.decode(ids, skip_special_tokens=True)

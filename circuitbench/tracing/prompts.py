@@ -1,0 +1,179 @@
+"""Prompts in, one left-padded batch out; and back from padded positions to each prompt's own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import BadInput
+from ..models.id_tokenizer import NAME as IDS_ONLY
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from ..models import Model
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts as the model takes them.
+
+    Attributes:
+        input_ids: `(b, t)`, padded on the left.
+        attention_mask: `(b, t)`, 1 for a real token.
+    """
+
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Int[Tensor, "b t"]
+
+    @property
+    def lengths(self) -> Int[Tensor, " b"]:
+        """Real tokens of each prompt."""
+        return self.attention_mask.sum(1)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any prompt is shorter than the longest."""
+        return bool((self.attention_mask == 0).any())
+
+    @property
+    def index(self) -> Int[Tensor, "b t"]:
+        """Each column's token index in its own prompt, -1 for padding."""
+        return token_index(self.attention_mask)
+
+    def inputs(self, model: Model) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        # A learned or rotary position belongs to a prompt's own token, not to the column it was padded into.
+        if self.padded and takes_position_ids(model):
+            given["position_ids"] = self.index.clamp(min=0)
+        return given
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Some of the prompts, without columns that are padding in all of them."""
+        mask = self.attention_mask[start:stop]
+        first = int(mask.shape[1] - mask.sum(1).max())
+        return Batch(self.input_ids[start:stop, first:], mask[:, first:])
+
+    def unpadded(self, value: Float[Tensor, "b t *rest"]) -> Float[Tensor, "b t *rest"]:
+        """Move every prompt's tokens to the front: `[i, j]` is token j of prompt i, NaN past its end."""
+        if not self.padded:
+            return value
+        out = torch.full_like(value, torch.nan)
+        for row, length in enumerate(self.lengths.tolist()):
+            out[row, :length] = value[row, value.shape[1] - length :]
+        return out
+
+
+def token_index(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """Each column's token index in its own prompt, -1 for padding."""
+    return torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
+
+
+def takes_position_ids(model: Model) -> bool:
+    """Whether positions enter the model other than by the order of its tokens."""
+    return any(layer.kind in ("attention", "hybrid") for layer in model.layers)
+
+
+def encode(model: Model, prompts: Prompts) -> Batch:
+    """Prompts of any accepted form as a left-padded batch.
+
+    Args:
+        model: The model, for its tokenizer and its limits.
+        prompts: A string, a list of strings, token ids (one list, a list of lists, a tensor `(b, t)` or `(t,)`), or a
+            mapping with `input_ids` and `attention_mask`, padded on either side.
+
+    Raises:
+        BadInput: For an empty prompt, one longer than the model takes, ids outside the vocabulary, or another type.
+    """
+    rows = as_rows(model, prompts)
+    if not rows:
+        raise BadInput("There are no prompts; give a string, a list of strings, or token ids of shape (b, t).")
+    vocabulary = model.hf.config.get_text_config().vocab_size
+    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    for number, row in enumerate(rows):
+        where = f"Prompt {number}" if len(rows) > 1 else "The prompt"
+        if not row:
+            raise BadInput(f"{where} has no tokens; give at least one token.")
+        if limit is not None and takes_position_ids(model) and len(row) > limit:
+            raise BadInput(f"{where} has {len(row)} tokens, and this model takes {limit} (max_position_embeddings).")
+        if min(row) < 0 or max(row) >= vocabulary:
+            raise BadInput(f"{where} has token ids from {min(row)} to {max(row)}; the vocabulary is 0 to {vocabulary - 1}.")
+    longest = max(len(row) for row in rows)
+    pad = pad_id(model)
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return Batch(ids, mask)
+
+
+def pad_id(model: Model) -> int:
+    """The token that padding is filled with; masked, so any will do."""
+    for holder in (model.tokenizer, model.hf.config):
+        index = getattr(holder, "pad_token_id", None)
+        if isinstance(index, int) and index >= 0:
+            return index
+    return 0
+
+
+def as_rows(model: Model, prompts: Prompts) -> list[list[int]]:
+    """Prompts as lists of token ids."""
+    if isinstance(prompts, Mapping):
+        return masked_rows(prompts)
+    if isinstance(prompts, torch.Tensor):
+        if prompts.dim() not in (1, 2) or prompts.is_floating_point():
+            raise BadInput(f"Token ids are integers of shape (b, t), not {prompts.dtype} of shape {tuple(prompts.shape)}.")
+        return (prompts if prompts.dim() == 2 else prompts[None]).tolist()
+    if isinstance(prompts, str):
+        return [tokenize(model, prompts)]
+    if isinstance(prompts, Sequence):
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return [tokenize(model, prompt) for prompt in prompts]
+        if all(isinstance(token, int) for token in prompts):
+            return [list(prompts)]
+        if all(isinstance(row, Sequence) and all(isinstance(token, int) for token in row) for row in prompts):
+            return [list(row) for row in prompts]
+    raise BadInput(
+        f"Prompts are a string, a list of strings, token ids, or a mapping with input_ids; not {type(prompts).__name__}."
+    )
+
+
+def masked_rows(prompts: Mapping[str, Any]) -> list[list[int]]:
+    """The real tokens of a batch encoding."""
+    if "input_ids" not in prompts:
+        raise BadInput(f"A batch encoding holds input_ids (and attention_mask); this one holds {', '.join(prompts)}.")
+    ids = torch.as_tensor(prompts["input_ids"])
+    mask = torch.as_tensor(prompts.get("attention_mask", torch.ones_like(ids)))
+    if ids.shape != mask.shape or ids.dim() != 2:
+        raise BadInput(
+            f"input_ids and attention_mask are both (b, t); these are {tuple(ids.shape)} and {tuple(mask.shape)}."
+        )
+    rows = []
+    for row, real in zip(ids, mask.bool(), strict=True):
+        places = real.nonzero().flatten()
+        if len(places) and int(places[-1] - places[0]) + 1 != len(places):
+            raise BadInput("attention_mask has a hole between real tokens; padding belongs on one side.")
+        rows.append(row[real].tolist())
+    return rows
+
+
+def tokenize(model: Model, prompt: str) -> list[int]:
+    """One prompt's token ids, with the special tokens that the tokenizer adds."""
+    if model.tokenizer is None or model.tokenizer.name_or_path == IDS_ONLY:
+        if prompt.replace(" ", "").isdigit():
+            return [int(word) for word in prompt.split()]
+        raise BadInput(
+            "This model has no tokenizer, so prompts are token ids: a tensor (b, t), a list, or a string like '5 17 3'. "
+            "Give it one with load_model(..., tokenizer=...)."
+        )
+    return list(model.tokenizer(prompt)["input_ids"])
+
+
+def real(batch: Batch) -> Bool[Tensor, "b t"]:
+    """Columns that hold a prompt's own token."""
+    return batch.attention_mask.bool()
