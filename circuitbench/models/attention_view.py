@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import BadInput
-from . import events
+from .events import notes, own_rows, read_whole, waiting, wanted, write_back, write_whole
 from .spots import edited, instrument, matching, splice, version_of
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ class Pattern:
     def get(self) -> Tensor:
         """Read the pattern."""
         before, after = self.places()
-        occurrence, seen = events.wanted(after), events.notes(after)
+        occurrence, seen = wanted(after), notes(after)
         held = seen.get(self.address)
-        if held is not None and held[0] is events.waiting(after) and held[0].occurrence == occurrence:
+        if held is not None and held[0] is waiting(after) and held[0].occurrence == occurrence:
             return held[1]
         values = self.values(before, after, occurrence)
-        weights = self.weights(events.read(after))
-        rows = events.rows(after)
+        weights = self.weights(read_whole(after))
+        rows = own_rows(after)
         tracked = torch.is_grad_enabled() and weights.requires_grad
         view = weights[rows].clone()
         version = version_of(view)
@@ -53,23 +53,23 @@ class Pattern:
             if changed or tracked:
                 self.put(after, view, values, rows, keep=not changed)
 
-        seen[self.address] = (events.write_back(after, occurrence, finish), view)
+        seen[self.address] = (write_back(after, occurrence, finish), view)
         return view
 
     def set(self, value: Tensor) -> None:
         """Replace the pattern: each head's output becomes `value` times the values it attends to."""
         before, after = self.places()
-        values = self.values(before, after, events.wanted(after))
-        weights, rows = self.weights(events.read(after)), events.rows(after)
+        values = self.values(before, after, wanted(after))
+        weights, rows = self.weights(read_whole(after)), own_rows(after)
         value = matching(value, weights[rows], self.address)
         if not torch.equal(value, weights[rows]) or (torch.is_grad_enabled() and value.requires_grad):
             self.put(after, value, values, rows, keep=False)
 
     def values(self, before: str, after: str, occurrence: int) -> Tensor:
         """The values that the pattern weighs, `(b, kv_heads, t, p)`, kept from the operation's input."""
-        seen, key = events.notes(before), (before, occurrence)
+        seen, key = notes(before), (before, occurrence)
         if key not in seen:
-            seen[key] = events.read(before)[0][3]
+            seen[key] = read_whole(before)[0][3]
         return seen[key]
 
     def weights(self, output: tuple) -> Tensor:
@@ -83,11 +83,11 @@ class Pattern:
 
     def put(self, location: str, pattern: Tensor, values: Tensor, rows: slice, keep: bool) -> None:
         """Recompute the heads' outputs of this block's rows; `keep` leaves their values, and changes only gradients."""
-        output, weights, *rest = events.read(location)
+        output, weights, *rest = read_whole(location)
         values = values[rows]
         values = values.repeat_interleave(pattern.shape[1] // values.shape[1], dim=1)
         mixed = (pattern.to(values.dtype) @ values).transpose(1, 2)
         if keep:
             mixed = output[rows].detach() + (mixed - mixed.detach())
         replaced = splice(output, rows, mixed.to(output.dtype)).contiguous()
-        events.write(location, (replaced, splice(weights, rows, pattern), *rest))
+        write_whole(location, (replaced, splice(weights, rows, pattern), *rest))

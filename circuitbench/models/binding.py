@@ -13,7 +13,7 @@ from ..architectures.base import LAYER, Architecture, Part, Site, find_module, f
 from ..errors import UnsupportedModel
 from .attention_view import Pattern
 from .spots import Spot
-from .views import LayerView, PartView, SSMView
+from .views import LayerView, PartView, SSMView, Verbs
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -104,7 +104,7 @@ class Binder:
             if part.scan is None:
                 parts[name] = PartView(f"layers.{index}.{name}", spots[name])
             else:
-                recurrence = recurrences.RECURRENCES[part.scan.recurrence]
+                recurrence = Verbs(recurrences.RECURRENCES[part.scan.recurrence])
                 parts[name] = SSMView(
                     f"layers.{index}.{name}",
                     spots[name],

@@ -74,7 +74,7 @@ def passed(location: str, occurrence: int) -> bool:
     return worker(location).occurrence(location) > occurrence
 
 
-def rows(location: str) -> slice:
+def own_rows(location: str) -> slice:
     """The rows of the batch that belong to the running block (all of them, unless several invokes share the run)."""
     mediator = worker(location)
     batcher, group = mediator.interleaver.batcher, mediator.batch_group
@@ -83,7 +83,7 @@ def rows(location: str) -> slice:
     return slice(group[0], group[0] + group[1])
 
 
-def read(location: str) -> Any:
+def read_whole(location: str) -> Any:
     """The value at `location`, for the whole batch."""
     mediator = worker(location)
     flush(mediator)
@@ -94,7 +94,7 @@ def read(location: str) -> Any:
         mediator.batch_group = group
 
 
-def write(location: str, value: Any) -> None:
+def write_whole(location: str, value: Any) -> None:
     """Replace the value at `location`, for the whole batch."""
     mediator = worker(location)
     flush(mediator)

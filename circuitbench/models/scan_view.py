@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import BadInput
-from . import events
+from .events import flush, notes, own_rows, passed, read_whole, wanted, worker, write_back, write_whole
 from .spots import edited, matching, splice, version_of, visit
 
 if TYPE_CHECKING:
@@ -54,15 +54,15 @@ class ScanRun:
         self.length = now.length
         operation = f"{envoy.path}.source.{scan.step if now.decoding else scan.sequence}"
         self.input, self.output = f"{operation}.input", f"{operation}.output"
-        self.occurrence = events.wanted(self.input)
-        if events.passed(self.input, self.occurrence):
+        self.occurrence = wanted(self.input)
+        if passed(self.input, self.occurrence):
             raise self.too_late("its sites were asked for")
-        self.rows = events.rows(self.input)
-        batcher = events.worker(self.input).interleaver.batcher
+        self.rows = own_rows(self.input)
+        batcher = worker(self.input).interleaver.batcher
         if not hasattr(batcher, "circuitbench"):
             batcher.circuitbench = {}
         self.firing: Firing = batcher.circuitbench.setdefault((operation, self.occurrence), Firing())
-        args, kwargs = events.read(self.input)
+        args, kwargs = read_whole(self.input)
         self.whole: Call = scan.read(args, kwargs, self.decoding)
         shared = self.whole.operands
         self.operands = {key: shared[key][self.rows] if key in scan.operand_names else shared[key] for key in shared}
@@ -124,7 +124,7 @@ class ScanRun:
         value = matching(value, now, f"{self.address}.{name}")
         if same(value, now):
             return
-        if events.passed(self.input, self.occurrence):
+        if passed(self.input, self.occurrence):
             raise self.too_late(f"{name} was written")
         self.given[name] = value
         self.settle_later(f"{name} was written")
@@ -163,7 +163,7 @@ class ScanRun:
             raise BadInput(
                 f'{self.address}: state edits with when="{self.when}" and when="{when}" cannot share one run of the scan.'
             )
-        if events.passed(self.input, self.occurrence):
+        if passed(self.input, self.occurrence):
             raise self.too_late("the state was edited")
         for position, value in edits.items():
             if not isinstance(position, int) or not -self.length <= position < self.length:
@@ -183,7 +183,7 @@ class ScanRun:
 
     def knock_out(self, sources: Tensor, destinations: Tensor, heads: Any = None) -> None:
         """Register a knockout of what `sources` contribute to y at `destinations`."""
-        if events.passed(self.input, self.occurrence):
+        if passed(self.input, self.occurrence):
             raise self.too_late("a knockout was asked for")
         if self.decoding:
             raise BadInput(
@@ -215,17 +215,17 @@ class ScanRun:
         """Let the operation run, and keep what it returned."""
         if self.firing.y is None:
             if self.gated and self.firing.gate is None:
-                args, kwargs = events.read(self.input)
+                args, kwargs = read_whole(self.input)
                 self.firing.gate = self.whole.gate
-                events.write(self.input, self.scan.gateless(args, kwargs))
-            output = events.read(self.output)
+                write_whole(self.input, self.scan.gateless(args, kwargs))
+            output = read_whole(self.output)
             self.firing.y = self.scan.output_y(output, self.decoding)
             if self.whole.returns_state:
                 self.firing.state = output[1]
             if self.firing.gate is not None:
                 self.publish()  # other blocks of the batch may never ask for y
         else:
-            events.read(self.output)
+            read_whole(self.output)
 
     def publish(self) -> None:
         """Hand the operation's output to the model, gated as the operation would have."""
@@ -233,7 +233,7 @@ class ScanRun:
         if self.firing.gate is not None:
             y = y * F.silu(self.firing.gate)
         packed = self.scan.pack(self.whole, y.to(self.whole.dtype).contiguous(), self.firing.state, self.decoding)
-        events.write(self.output, packed)
+        write_whole(self.output, packed)
 
     def take_y(self) -> Tensor:
         """The scan's output before the gate."""
@@ -260,9 +260,9 @@ class ScanRun:
 
     def be_at_output(self) -> None:
         """Wait at the operation's output, with every edit of its inputs replayed."""
-        if events.passed(self.output, self.occurrence):
+        if passed(self.output, self.occurrence):
             raise self.too_late("y was asked for")
-        mediator = events.worker(self.output)
+        mediator = worker(self.output)
         if mediator.transform is self.pending:
             mediator.transform = None  # settled here instead, so that the gate can be taken before the operation runs
             self.settle()
@@ -270,12 +270,12 @@ class ScanRun:
 
     def settle_later(self, what: str) -> None:
         """Settle when the block moves on."""
-        if events.passed(self.output, self.occurrence):
+        if passed(self.output, self.occurrence):
             raise self.too_late(what)
-        mediator = events.worker(self.output)
+        mediator = worker(self.output)
         if mediator.transform is not self.pending:
-            events.flush(mediator)
-        self.pending = events.write_back(self.output, self.occurrence, self.settle)
+            flush(mediator)
+        self.pending = write_back(self.output, self.occurrence, self.settle)
 
     def settle(self) -> None:
         """Make what the block asked for true: replay if the recurrence was touched, publish if the output was."""
@@ -303,7 +303,7 @@ class ScanRun:
         tracked = torch.is_grad_enabled() and any(self.held[n][0].requires_grad for n in inputs if n in self.held)
         if not (touched or tracked):
             return False
-        if self.firing.y is not None and events.passed(self.input, self.occurrence) and "y" in self.held:
+        if self.firing.y is not None and passed(self.input, self.occurrence) and "y" in self.held:
             raise self.too_late("an operand was edited")
         y, state = self.replay()
         self.replayed = True
@@ -368,7 +368,7 @@ def check_disjoint(address: str, knockout: dict[str, Any], earlier: list[dict[st
 
 def run_of(address: str, envoy: Envoy, scan: Scan, recurrence: Any) -> ScanRun:
     """The block's current run of this scan, or a new one at the visit it asks for next."""
-    seen = events.notes(envoy.path)
+    seen = notes(envoy.path)
     last = seen.get(("scan", envoy.path))
     now = visit(envoy)
     if last is None or last[0] is not now:

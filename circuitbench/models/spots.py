@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 
 from ..errors import BadInput, ReadOnlySite
-from . import events
+from .events import follows, notes, own_rows, passed, read_whole, waiting, wanted, write_back, write_whole
 
 if TYPE_CHECKING:
     from nnsight.intervention.envoy import Envoy
@@ -31,19 +31,19 @@ class Visit:
 def visit(part: Envoy) -> Visit:
     """The call of `part` that the block is at or asks for next; parks at the part's input the first time."""
     location = f"{part.path}.input"
-    seen = events.notes(location)
-    last, want = seen.get(location), events.wanted(location)
+    seen = notes(location)
+    last, want = seen.get(location), wanted(location)
     if last is not None:
         # A request that no step pins goes to the visit the model is inside of, until that visit's output has been made.
-        following = events.follows(location) and not events.passed(f"{part.path}.output", last.occurrence)
+        following = follows(location) and not passed(f"{part.path}.output", last.occurrence)
         if following or want == last.occurrence:
             return last
-    if events.passed(location, want):
+    if passed(location, want):
         raise BadInput(
             f"{part.path} was already running when its first site was asked for; ask for its sites in forward order, "
             "before anything later in the same block."
         )
-    args, kwargs = events.read(location)
+    args, kwargs = read_whole(location)
     hidden = args[0] if args else kwargs["hidden_states"]
     cache = kwargs.get("cache_params", kwargs.get("past_key_values"))
     index = getattr(part._module, "layer_idx", None)
@@ -223,12 +223,12 @@ class Spot:
     def get(self) -> Tensor:
         """Read the site: a tensor that may be saved, differentiated, or edited in place."""
         location, now = self.here()
-        seen, occurrence = events.notes(location), events.wanted(location)
+        seen, occurrence = notes(location), wanted(location)
         held = seen.get(self.address)
-        if held is not None and held[0] is events.waiting(location) and held[0].occurrence == occurrence:
+        if held is not None and held[0] is waiting(location) and held[0].occurrence == occurrence:
             return held[1]  # read twice before moving on: one tensor
-        raw = self.select(events.read(location))
-        rows = events.rows(location)
+        raw = self.select(read_whole(location))
+        rows = own_rows(location)
         whole = self.to_canonical(raw, now)
         view = whole[rows] if rows != slice(None) else whole
         grad = torch.is_grad_enabled() and raw.requires_grad
@@ -242,7 +242,7 @@ class Spot:
             changed = edited(view, version)
             if not (changed or grad):
                 return
-            value = events.read(location)
+            value = read_whole(location)
             raw = self.select(value)
             whole = self.to_canonical(raw, now)
             new = self.to_raw(splice(whole, rows, view), raw, now)
@@ -250,7 +250,7 @@ class Spot:
                 new = raw.detach() + (new - new.detach())  # dividing and multiplying again would lose a bit
             self.put(location, value, raw, new)
 
-        seen[self.address] = (events.write_back(location, occurrence, finish), view)
+        seen[self.address] = (write_back(location, occurrence, finish), view)
         return view
 
     def set(self, value: Tensor) -> None:
@@ -258,9 +258,9 @@ class Spot:
         if not self.writable:
             raise ReadOnlySite(f"{self.address} can be read but not written.")
         location, now = self.here()
-        held = events.read(location)
+        held = read_whole(location)
         raw = self.select(held)
-        whole, rows = self.to_canonical(raw, now), events.rows(location)
+        whole, rows = self.to_canonical(raw, now), own_rows(location)
         value = matching(value, whole[rows], self.address)
         if value is whole or (torch.equal(value, whole[rows]) and not (torch.is_grad_enabled() and value.requires_grad)):
             return  # writing back what is there changes nothing, to the last bit
@@ -271,4 +271,4 @@ class Spot:
         if self.in_place:
             raw.copy_(new)
         else:
-            events.write(location, self.replaced(value, new.to(raw.dtype)))
+            write_whole(location, self.replaced(value, new.to(raw.dtype)))

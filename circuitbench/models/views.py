@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, ReadOnlySite, SiteNotFound
-from . import scan_view
+from .scan_view import run_of
 from .spots import instrument
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..architectures.scans import Scan
     from .attention_view import Pattern
+    from .scan_view import ScanRun
     from .spots import Spot
 
 
@@ -59,6 +60,14 @@ class PartView:
         return f"<{self._address}: {', '.join(self.sites)}>"
 
 
+class Verbs:
+    """The functions of one recurrence, without the module they live in: a module does not travel."""
+
+    def __init__(self, recurrence: Any) -> None:
+        for verb in ("forward", "states", "iter_states", "decay_of", "write_of", "mixing", "knockout"):
+            setattr(self, verb, getattr(recurrence, verb))
+
+
 class SSMView(PartView):
     """The sites of a state-space (or other recurrent) mixer.
 
@@ -90,10 +99,10 @@ class SSMView(PartView):
         """Names of this mixer's sites, in the order the model reaches them."""
         return list(self._names)
 
-    def _run(self) -> scan_view.ScanRun:
+    def _run(self) -> ScanRun:
         """The block's run of the scan."""
         instrument(self._instrument)
-        return scan_view.run_of(self._address, self._envoy, self._scan, self._recurrence)
+        return run_of(self._address, self._envoy, self._scan, self._recurrence)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitbench.recurrences import _linear
+from circuitbench.recurrences._linear import linear_states
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,7 +46,7 @@ def plain_scan(
     initial_state: Float[Tensor, "b d n"],
 ) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
     """The same from written-out decays and writes, differentiable to any order."""
-    states = _linear.linear_states(decay, write, initial_state)
+    states = linear_states(decay, write, initial_state)
     return torch.einsum("btdn,btn->btd", states, C), states[:, -1].clone()
 
 

@@ -18,7 +18,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitbench.recurrences import _linear
+from circuitbench.recurrences._linear import (
+    check_edits,
+    knockout_masks,
+    linear_states,
+    match_shapes,
+    memory_cuts,
+    scan_with_edits,
+    segments,
+    start_state,
+    states_with_edits,
+    survival,
+    survival_from_log,
+    working_dtype,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -59,7 +72,7 @@ def forward(
         (y, final state).
     """
     steps, state, cuts = _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate, D)
-    checked = _linear.check_edits(edits, x.shape[1], when)
+    checked = check_edits(edits, x.shape[1], when)
 
     def scan(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor]:
         if "forced" in run and run["forced"].any():
@@ -71,7 +84,7 @@ def forward(
     def read(run: dict[str, Tensor], S: Tensor) -> Tensor:
         return torch.einsum("bhkv,bhk->bhv", S, run["C"][:, -1])[:, None]
 
-    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when, cuts)
+    y, final = scan_with_edits(scan, read, steps, state, checked, when, cuts)
     if D is not None:
         y = y + (D[:, None] if D.ndim == 1 else D).to(y) * steps["x"]
     return y.to(x.dtype), final
@@ -93,8 +106,8 @@ def states(
 ) -> Float[Tensor, "b t h dk dv"]:
     """All states S_t, after edits; arguments as in `forward`."""
     steps, state, cuts = _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate)
-    checked = _linear.check_edits(edits, x.shape[1], when)
-    runs = [h for _, h in _linear.states_with_edits(_states, steps, state, checked, cuts)]
+    checked = check_edits(edits, x.shape[1], when)
+    runs = [h for _, h in states_with_edits(_states, steps, state, checked, cuts)]
     return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
 
 
@@ -118,9 +131,9 @@ def iter_states(
     Without `chunk`, as many positions at once as make 64 MiB of states. An edited position ends its chunk.
     """
     steps, state, cuts = _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate)
-    checked = _linear.check_edits(edits, x.shape[1], when)
-    cuts = [*cuts, *_linear.memory_cuts(chunk, state, x.shape[1])]
-    return _linear.states_with_edits(_states, steps, state, checked, cuts)
+    checked = check_edits(edits, x.shape[1], when)
+    cuts = [*cuts, *memory_cuts(chunk, state, x.shape[1])]
+    return states_with_edits(_states, steps, state, checked, cuts)
 
 
 def decay_of(
@@ -168,7 +181,7 @@ def adjoint(
 ) -> Float[Tensor, "b t h dk dv"]:
     """∂L/∂S_t at every position, later steps included: G_t = q_t⊗∂L/∂y_t + exp(g)(I − beta·k⊗k)|_{t+1} G_{t+1}."""
     steps, G, _ = _prepare(x, B, C, g, beta, grad_final_state, None, decay, accumulate, name="grad_final_state")
-    _linear.match_shapes(x=(x, "b t h dv"), grad_y=(grad_y, "b t h dv"))
+    match_shapes(x=(x, "b t h dv"), grad_y=(grad_y, "b t h dv"))
     k, q = steps["B"][..., None].unbind(1), steps["C"][..., None].unbind(1)
     grads = grad_y.to(G)[..., None, :].unbind(1)
     decays, betas = (steps_at[..., None, None].unbind(1) for steps_at in (_decay(steps), steps["beta"]))
@@ -192,7 +205,7 @@ def mixing(
     """The recurrence as one causal matrix per head: y = mixing·x, from a zero initial state."""
     steps, _, _ = _prepare(x, B, C, g, beta, None, None, None, accumulate)
     k, q, beta = steps["B"].transpose(1, 2), steps["C"].transpose(1, 2), steps["beta"].transpose(1, 2)
-    kept = _linear.survival_from_log(steps["g"].transpose(1, 2))
+    kept = survival_from_log(steps["g"].transpose(1, 2))
     system = (beta[..., None] * k @ k.mT) * kept
     errors = torch.linalg.solve_triangular(system, torch.diag_embed(beta), upper=False, unitriangular=True)
     return (q @ k.mT * kept) @ errors
@@ -223,7 +236,7 @@ def knockout(
         heads: only in these heads (default: all).
     """
     y, final = forward(x, B, C, g, beta, D, initial_state, decay=decay, accumulate=accumulate)
-    source, destination = _linear.knockout_masks(sources, destinations, heads, "heads", x)
+    source, destination = knockout_masks(sources, destinations, heads, "heads", x)
     removed, _ = forward(x * source, B, C, g, beta, decay=decay, accumulate=accumulate)
     return y - removed * destination, final
 
@@ -248,7 +261,7 @@ def frozen(
 
 def _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate, D=None, name="initial_state"):
     """Checked operands over positions in the working dtype, the starting state, and cuts around the given writes."""
-    size = _linear.match_shapes(
+    size = match_shapes(
         x=(x, "b t h dv"),
         B=(B, "b t h dk"),
         C=(C, "b t h dk"),
@@ -259,10 +272,10 @@ def _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate, D=None, 
         decay=(decay, "b t h"),
         **{name: (initial_state, "b h dk dv")},
     )
-    dtype = _linear.working_dtype(accumulate, x, B, C, g, beta)
+    dtype = working_dtype(accumulate, x, B, C, g, beta)
     steps = {"x": x, "B": B, "C": C, "g": g, "beta": beta, "decay": decay}
     steps = {key: value.to(dtype) for key, value in steps.items() if value is not None}
-    state = _linear.start_state(initial_state, [size[axis] for axis in ("b", "h", "dk", "dv")], steps["x"])
+    state = start_state(initial_state, [size[axis] for axis in ("b", "h", "dk", "dv")], steps["x"])
     if write is None:
         return steps, state, []
     with torch.no_grad():
@@ -288,13 +301,13 @@ def _states(run: dict[str, Tensor], S: Tensor) -> Tensor:
     if "forced" in run and run["forced"].any():
         return _forced_step(run, S)[:, None]
     errors, _, _ = _chunked(run, S)
-    return _linear.linear_states(_decay(run)[..., None, None], run["B"][..., None] * errors[..., None, :], S)
+    return linear_states(_decay(run)[..., None, None], run["B"][..., None] * errors[..., None, :], S)
 
 
 def _chunked(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Errors e `(b, t, h, dv)`, outputs and final state, by chunks: the whole ones at once, then the rest."""
     errors, outputs = [], []
-    for _, _, part in _linear.segments(run, chunk=CHUNK):
+    for _, _, part in segments(run, chunk=CHUNK):
         e, y, S = _equal_chunks(part, S)
         errors += e
         outputs += y
@@ -312,9 +325,9 @@ def _equal_chunks(run: dict[str, Tensor], S: Tensor) -> tuple[list[Tensor], list
     x, k, q, beta, log = (run[name].unflatten(1, cut).transpose(2, 3) for name in ("x", "B", "C", "beta", "g"))
     if "decay" in run:
         first = run["decay"].unflatten(1, cut).transpose(2, 3)
-        kept = _linear.survival(first)
+        kept = survival(first)
     else:
-        first, kept = log.exp(), _linear.survival_from_log(log)
+        first, kept = log.exp(), survival_from_log(log)
     since_start = (kept[..., 0] * first[..., :1])[..., None]
     k_beta = k * beta[..., None]
     targets = torch.cat((x * beta[..., None], k_beta * since_start), -1)

@@ -15,7 +15,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitbench.recurrences import _linear
+from circuitbench.recurrences._linear import (
+    check_edits,
+    index_list,
+    knockout_masks,
+    linear_states,
+    match_shapes,
+    memory_cuts,
+    reverse_states,
+    scan_with_edits,
+    start_state,
+    states_with_edits,
+    survival_from_log,
+    working_dtype,
+)
 from circuitbench.recurrences._selective_scan import plain_scan, selective_scan
 
 if TYPE_CHECKING:
@@ -53,7 +66,7 @@ def forward(
         (y, final state).
     """
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D)
-    checked = _linear.check_edits(edits, x.shape[1], when)
+    checked = check_edits(edits, x.shape[1], when)
 
     replaced = write is not None or decay is not None
 
@@ -65,8 +78,8 @@ def forward(
     def read(run: dict[str, Tensor], h: Tensor) -> Tensor:
         return torch.einsum("bdn,bn->bd", h, run["C"][:, -1])[:, None]
 
-    cuts = _linear.memory_cuts(None, state, x.shape[1]) if replaced else ()
-    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when, cuts)
+    cuts = memory_cuts(None, state, x.shape[1]) if replaced else ()
+    y, final = scan_with_edits(scan, read, steps, state, checked, when, cuts)
     if D is not None:
         y = y + D.to(y) * steps["x"]
     return y.to(x.dtype), final
@@ -88,8 +101,8 @@ def states(
 ) -> Float[Tensor, "b t d n"]:
     """All states h_t, after edits; arguments as in `forward`."""
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
-    checked = _linear.check_edits(edits, x.shape[1], when)
-    runs = [h for _, h in _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked)]
+    checked = check_edits(edits, x.shape[1], when)
+    runs = [h for _, h in states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked)]
     return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
 
 
@@ -113,9 +126,9 @@ def iter_states(
     Without `chunk`, as many positions at once as make 64 MiB of states. An edited position ends its chunk.
     """
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
-    checked = _linear.check_edits(edits, x.shape[1], when)
-    cuts = _linear.memory_cuts(chunk, state, x.shape[1])
-    return _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked, cuts)
+    checked = check_edits(edits, x.shape[1], when)
+    cuts = memory_cuts(chunk, state, x.shape[1])
+    return states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked, cuts)
 
 
 def decay_of(
@@ -161,9 +174,9 @@ def adjoint(
 ) -> Float[Tensor, "b t d n"]:
     """∂L/∂h_t at every position, later steps included, from ∂L/∂y: g_t = C_t·∂L/∂y_t + exp(dt_{t+1}·A)·g_{t+1}."""
     steps, A, state = _prepare(x, dt, A, B, C, grad_final_state, None, decay, accumulate, name="grad_final_state")
-    _linear.match_shapes(x=(x, "b t d"), grad_y=(grad_y, "b t d"))
+    match_shapes(x=(x, "b t d"), grad_y=(grad_y, "b t d"))
     direct = grad_y.to(state)[..., None] * steps["C"][:, :, None]
-    return _linear.reverse_states(_decay(steps, A), direct, state)
+    return reverse_states(_decay(steps, A), direct, state)
 
 
 def mixing(
@@ -184,11 +197,11 @@ def mixing(
     steps, A, _ = _prepare(x, dt, A, B, C, None, None, None, accumulate)
     if channels is None:
         raise ValueError(f"S6 has one mixing matrix per channel; give channels=, one or more of 0 to {x.shape[2] - 1}.")
-    chosen = _linear.index_list(channels, "channels", x.shape[2], x.device)
+    chosen = index_list(channels, "channels", x.shape[2], x.device)
     dt = steps["dt"][:, :, chosen].transpose(1, 2)
     mixed = torch.zeros(())
     for a, B_n, C_n in zip(A[chosen].unbind(1), steps["B"].unbind(2), steps["C"].unbind(2), strict=True):
-        kept = _linear.survival_from_log(dt * a[:, None])
+        kept = survival_from_log(dt * a[:, None])
         mixed = mixed + kept * C_n[:, None, :, None] * (B_n[:, None] * dt)[:, :, None]
     return mixed
 
@@ -218,7 +231,7 @@ def knockout(
         channels: only in these channels (default: all).
     """
     y, final = forward(x, dt, A, B, C, D, initial_state, decay=decay, accumulate=accumulate)
-    source, destination = _linear.knockout_masks(sources, destinations, channels, "channels", x)
+    source, destination = knockout_masks(sources, destinations, channels, "channels", x)
     removed, _ = forward(x * source, dt, A, B, C, decay=decay, accumulate=accumulate)
     return y - removed * destination, final
 
@@ -243,7 +256,7 @@ def frozen(
 
 def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, name="initial_state"):
     """Checked operands over positions in the working dtype, A, and the starting state."""
-    size = _linear.match_shapes(
+    size = match_shapes(
         x=(x, "b t d"),
         dt=(dt, "b t d"),
         A=(A, "d n"),
@@ -254,10 +267,10 @@ def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, na
         decay=(decay, "b t d n"),
         **{name: (initial_state, "b d n")},
     )
-    dtype = _linear.working_dtype(accumulate, x, dt, A, B, C)
+    dtype = working_dtype(accumulate, x, dt, A, B, C)
     steps = {"x": x, "dt": dt, "B": B, "C": C, "write": write, "decay": decay}
     steps = {key: value.to(dtype) for key, value in steps.items() if value is not None}
-    state = _linear.start_state(initial_state, (size["b"], size["d"], size["n"]), steps["x"])
+    state = start_state(initial_state, (size["b"], size["d"], size["n"]), steps["x"])
     return steps, A.to(dtype), state
 
 
@@ -270,4 +283,4 @@ def _write(run: dict[str, Tensor]) -> Tensor:
 
 
 def _states(run: dict[str, Tensor], A: Tensor, state: Tensor) -> Tensor:
-    return _linear.linear_states(_decay(run, A), _write(run), state)
+    return linear_states(_decay(run, A), _write(run), state)

@@ -16,7 +16,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from circuitbench.recurrences import _linear
+from circuitbench.recurrences._linear import (
+    check_edits,
+    knockout_masks,
+    linear_states,
+    match_shapes,
+    memory_cuts,
+    reverse_states,
+    scan_with_edits,
+    segments,
+    start_state,
+    states_with_edits,
+    survival,
+    survival_from_log,
+    working_dtype,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -56,7 +70,7 @@ def forward(
         (y, final state).
     """
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D)
-    checked = _linear.check_edits(edits, x.shape[1], when)
+    checked = check_edits(edits, x.shape[1], when)
 
     def scan(run: dict[str, Tensor], h: Tensor) -> tuple[Tensor, Tensor]:
         if write is None:
@@ -67,8 +81,8 @@ def forward(
     def read(run: dict[str, Tensor], h: Tensor) -> Tensor:
         return torch.einsum("bhpn,bthn->bthp", h, _per_head(run["C"][:, -1:], x.shape[2]))
 
-    cuts = () if write is None else _linear.memory_cuts(None, state, x.shape[1])
-    y, final = _linear.scan_with_edits(scan, read, steps, state, checked, when, cuts)
+    cuts = () if write is None else memory_cuts(None, state, x.shape[1])
+    y, final = scan_with_edits(scan, read, steps, state, checked, when, cuts)
     if D is not None:
         y = y + (D[:, None] if D.ndim == 1 else D).to(y) * steps["x"]
     return y.to(x.dtype), final
@@ -90,8 +104,8 @@ def states(
 ) -> Float[Tensor, "b t h p n"]:
     """All states h_t, after edits; arguments as in `forward`."""
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
-    checked = _linear.check_edits(edits, x.shape[1], when)
-    runs = [h for _, h in _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked)]
+    checked = check_edits(edits, x.shape[1], when)
+    runs = [h for _, h in states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked)]
     return runs[0] if len(runs) == 1 else torch.cat(runs, 1)
 
 
@@ -115,9 +129,9 @@ def iter_states(
     Without `chunk`, as many positions at once as make 64 MiB of states. An edited position ends its chunk.
     """
     steps, A, state = _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate)
-    checked = _linear.check_edits(edits, x.shape[1], when)
-    cuts = _linear.memory_cuts(chunk, state, x.shape[1])
-    return _linear.states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked, cuts)
+    checked = check_edits(edits, x.shape[1], when)
+    cuts = memory_cuts(chunk, state, x.shape[1])
+    return states_with_edits(lambda run, h: _states(run, A, h), steps, state, checked, cuts)
 
 
 def decay_of(
@@ -163,9 +177,9 @@ def adjoint(
 ) -> Float[Tensor, "b t h p n"]:
     """∂L/∂h_t at every position, later steps included, from ∂L/∂y: g_t = ∂L/∂y_t⊗C_t + exp(dt_{t+1}·A)·g_{t+1}."""
     steps, A, state = _prepare(x, dt, A, B, C, grad_final_state, None, decay, accumulate, name="grad_final_state")
-    _linear.match_shapes(x=(x, "b t h p"), grad_y=(grad_y, "b t h p"))
+    match_shapes(x=(x, "b t h p"), grad_y=(grad_y, "b t h p"))
     direct = grad_y.to(state)[..., None] * _per_head(steps["C"], x.shape[2])[..., None, :]
-    return _linear.reverse_states(_decay(steps, A)[..., None, None], direct, state)
+    return reverse_states(_decay(steps, A)[..., None, None], direct, state)
 
 
 def mixing(
@@ -180,7 +194,7 @@ def mixing(
     """The scan as one causal matrix per head: y = mixing·x + D·x, from a zero initial state."""
     steps, A, _ = _prepare(x, dt, A, B, C, None, None, None, accumulate)
     dt = steps["dt"].transpose(1, 2)
-    kept = _linear.survival_from_log(dt * A[:, None])
+    kept = survival_from_log(dt * A[:, None])
     scores = torch.einsum("btgn,bsgn->bgts", steps["C"], steps["B"])
     return scores.repeat_interleave(x.shape[2] // scores.shape[1], 1) * kept * dt[:, :, None]
 
@@ -210,7 +224,7 @@ def knockout(
         heads: only in these heads (default: all).
     """
     y, final = forward(x, dt, A, B, C, D, initial_state, decay=decay, accumulate=accumulate)
-    source, destination = _linear.knockout_masks(sources, destinations, heads, "heads", x)
+    source, destination = knockout_masks(sources, destinations, heads, "heads", x)
     removed, _ = forward(x * source, dt, A, B, C, decay=decay, accumulate=accumulate)
     return y - removed * destination, final
 
@@ -235,7 +249,7 @@ def frozen(
 
 def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, name="initial_state"):
     """Checked operands over positions in the working dtype, A, and the starting state."""
-    size = _linear.match_shapes(
+    size = match_shapes(
         x=(x, "b t h p"),
         dt=(dt, "b t h"),
         A=(A, "h"),
@@ -248,10 +262,10 @@ def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, na
     )
     if size["h"] % size["g"]:
         raise ValueError(f"x has {size['h']} heads and B {size['g']} groups; the groups must divide the heads evenly.")
-    dtype = _linear.working_dtype(accumulate, x, dt, A, B, C)
+    dtype = working_dtype(accumulate, x, dt, A, B, C)
     steps = {"x": x, "dt": dt, "B": B, "C": C, "write": write, "decay": decay}
     steps = {key: value.to(dtype) for key, value in steps.items() if value is not None}
-    state = _linear.start_state(initial_state, [size[axis] for axis in "bhpn"], steps["x"])
+    state = start_state(initial_state, [size[axis] for axis in "bhpn"], steps["x"])
     return steps, A.to(dtype), state
 
 
@@ -271,13 +285,13 @@ def _per_head(groups: Tensor, heads: int) -> Tensor:
 
 
 def _states(run: dict[str, Tensor], A: Tensor, state: Tensor) -> Tensor:
-    return _linear.linear_states(_decay(run, A)[..., None, None], _write(run), state)
+    return linear_states(_decay(run, A)[..., None, None], _write(run), state)
 
 
 def _chunked(run: dict[str, Tensor], A: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs without the skip, and final state, by chunks: the whole ones at once, then the rest."""
     outputs = []
-    for _, _, part in _linear.segments(run, chunk=CHUNK):
+    for _, _, part in segments(run, chunk=CHUNK):
         y, S = _equal_chunks(part, A, S)
         outputs.append(y)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), S
@@ -299,10 +313,10 @@ def _equal_chunks(run: dict[str, Tensor], A: Tensor, S: Tensor) -> tuple[Tensor,
 
     if "decay" in run:
         first = by_chunk(run["decay"])
-        kept = _linear.survival(first)
+        kept = survival(first)
     else:
         log = by_chunk(dt * A)
-        first, kept = log.exp(), _linear.survival_from_log(log)
+        first, kept = log.exp(), survival_from_log(log)
     since_start = (kept[..., 0] * first[..., :1]).mT[..., None]
     to_end = kept[..., -1, :].mT[..., None]
     B, C = (v.unflatten(1, cut).transpose(2, 3) for v in (B, C))
