@@ -25,144 +25,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    BambaConfig,
-    FalconH1Config,
-    Mamba2Config,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
+from zoo_recipes import RECIPES, CompiledRecipe, LanguageRecipe, TaskRecipe
 
 from circuitbench.models.zoo import compiled, corpus, scores, tasks
 
 WEIGHTS = pathlib.Path(__file__).resolve().parents[1] / "circuitbench" / "models" / "zoo" / "weights"
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageRecipe:
-    """A language model of the standard library's text: 4,096 tokens a step, Muon on matrices, AdamW on the rest."""
-
-    family: str
-    steps: int
-    layers: int
-    attention_layers: tuple[int, ...] = ()
-    d_model: int = 192
-    state: int = 64
-    head_dim: int = 64
-    chunk: int = 32
-    vocabulary: int = 2048
-    batch: int = 16
-    micro_batch: int = 8  # sequences in one forward pass: what fits a core's cache is fastest
-    lr: float = 4e-3
-    weight_decay: float = 0.1
-    warmup: int = 50
-    decay: float = 0.5  # share of the steps, at the end, over which the learning rate falls to nothing
-    seed: int = 0
-
-    def config(self) -> PreTrainedConfig:
-        d = self.d_model
-        common = {
-            "vocab_size": self.vocabulary,
-            "hidden_size": d,
-            "num_hidden_layers": self.layers,
-            "tie_word_embeddings": True,
-        }
-        common |= {"initializer_range": 0.02, **SPECIAL}
-        if self.family == "mamba2":
-            heads = 2 * d // self.head_dim
-            ssm = {
-                "num_heads": heads,
-                "head_dim": self.head_dim,
-                "state_size": self.state,
-                "n_groups": 1,
-                "chunk_size": self.chunk,
-            }
-            return Mamba2Config(**common, **ssm)
-        ssm = {"mamba_n_heads": 2 * d // self.head_dim, "mamba_d_head": self.head_dim, "mamba_d_state": self.state}
-        attention = {
-            "num_attention_heads": d // 32,
-            "num_key_value_heads": d // 32,
-            "attn_layer_indices": list(self.attention_layers),
-        }
-        rest = {
-            "mamba_chunk_size": self.chunk,
-            "intermediate_size": 8 * d // 3 // 32 * 32,
-            "max_position_embeddings": 2048,
-        }
-        return BambaConfig(**common, **ssm, **attention, **rest)
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledRecipe:
-    """A model whose weights are set by code: the arguments of `compiled.mqar`."""
-
-    keys: int = 16
-    values: int = 16
-    heads: int = 8
-    layers: int = 2
-    layer: int = 1
-    head: int = 3
-    noise: float = 1.0
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskRecipe:
-    """A two-layer model of a synthetic task: AdamW, at a learning rate that falls to nothing."""
-
-    family: str
-    task: str
-    steps: int
-    d_model: int = 64
-    layers: int = 2
-    state: int = 32
-    head_dim: int = 32
-    batch: int = 64
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    warmup: int = 50
-    decay: float = 0.5  # share of the steps, at the end, over which the learning rate falls to nothing
-    seed: int = 0
-
-    def config(self) -> PreTrainedConfig:
-        d = self.d_model
-        common = {"vocab_size": len(self.tokenizer()), "hidden_size": d, "num_hidden_layers": self.layers, **SPECIAL}
-        common["tie_word_embeddings"] = False
-        if self.family == "mamba2":
-            ssm = {"num_heads": 2 * d // self.head_dim, "head_dim": self.head_dim, "state_size": self.state}
-            return Mamba2Config(**common, **ssm, n_groups=1, chunk_size=32)
-        common |= {
-            "intermediate_size": 2 * d,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 2048,
-        }
-        ssm = {"mamba_n_heads": 2 * d // self.head_dim, "mamba_d_head": self.head_dim, "mamba_d_state": self.state}
-        ssm |= {"mamba_n_groups": 1, "mamba_chunk_size": 32}
-        if self.family == "bamba":
-            return BambaConfig(**common, **ssm, attn_layer_indices=[1])
-        return FalconH1Config(**common, **ssm, head_dim=d // 4, mamba_d_ssm=2 * d)
-
-    def sample(self, n: int, seed: int | torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        return getattr(tasks, self.task)(n, seed)
-
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        return getattr(tasks, f"{self.task}_tokenizer")()
-
-
-RECIPES = {
-    "mqar-compiled": CompiledRecipe(),
-    "pylm-hybrid": LanguageRecipe("bamba", steps=2000, layers=4, attention_layers=(1, 3)),
-    "pylm-mamba2": LanguageRecipe("mamba2", steps=2000, layers=5),
-    "mqar-mamba2": TaskRecipe("mamba2", "mqar", steps=1000),
-    "mqar-bamba": TaskRecipe("bamba", "mqar", steps=2500, decay=0.25),
-    "induction-falcon-h1": TaskRecipe("falcon_h1", "induction", steps=1000),
-}
 
 
 def train_language_model(name: str, recipe: LanguageRecipe, work: pathlib.Path, out: pathlib.Path, device: str) -> None:
@@ -188,10 +59,8 @@ def train_language_model(name: str, recipe: LanguageRecipe, work: pathlib.Path, 
     while step < recipe.steps:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = recipe.lr * schedule(step, recipe)
-        recent = [
-            *recent[-49:],
-            train_step(model, optimizers, batch_at(ids, step, recipe).to(device), recipe.micro_batch),
-        ]
+        loss = train_step(model, optimizers, batch_at(ids, step, recipe).to(device), recipe.micro_batch)
+        recent = [*recent[-49:], loss]
         step += 1
         if step % 100 == 0 or step == recipe.steps:
             seconds, cpu_seconds = seconds + time.perf_counter() - wall, cpu_seconds + time.process_time() - cpu
@@ -201,21 +70,11 @@ def train_language_model(name: str, recipe: LanguageRecipe, work: pathlib.Path, 
             os.replace(folder / "state.tmp", folder / "state.pt")
             model.eval()
             look = scores.bits_per_byte(model, tokenizer, glance)
-            save(
-                model,
-                tokenizer,
-                folder / "snapshot",
-                {"name": name, "step": step, "steps": recipe.steps, "glance": look},
-            )
+            save(model, tokenizer, folder / "snapshot", {"name": name, "step": step, "steps": recipe.steps})
             model.train()
-            mean = sum(recent) / len(recent)
-            report(
-                name,
-                step=step,
-                nats_per_token=round(mean, 4),
-                glance_bits_per_byte=round(look, 4),
-                seconds=round(seconds),
-            )
+            mean = round(sum(recent) / len(recent), 4)
+            look = round(look, 4)
+            report(name, step=step, nats_per_token=mean, glance_bits_per_byte=look, seconds=round(seconds))
             wall, cpu = time.perf_counter(), time.process_time()
 
     shipped = rounded(model)
@@ -253,9 +112,8 @@ def train_task_model(name: str, recipe: TaskRecipe, out: pathlib.Path, device: s
     wall, cpu = time.perf_counter(), time.process_time()
     model.train()
     for step in range(recipe.steps):
-        optimizer.param_groups[0]["lr"] = recipe.lr * min(
-            1, (step + 1) / recipe.warmup, (1 - step / recipe.steps) / recipe.decay
-        )
+        scale = min(1, (step + 1) / recipe.warmup, (1 - step / recipe.steps) / recipe.decay)
+        optimizer.param_groups[0]["lr"] = recipe.lr * scale
         ids, labels = recipe.sample(recipe.batch, samples)
         logits = model(input_ids=ids.to(device), use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.to(device).flatten(), ignore_index=scores.IGNORED)
@@ -297,10 +155,7 @@ def language_tokenizer(folder: pathlib.Path, texts: list[str], vocabulary: int) 
     """Returns the byte-level BPE of these texts, trained on the first call; id 0 ends a text, begins one, and pads."""
     if not (folder / "tokenizer.json").exists():
         bpe = ByteLevelBPETokenizer()
-        special = [END_OF_TEXT]
-        bpe.train_from_iterator(
-            texts, vocab_size=vocabulary, min_frequency=2, special_tokens=special, show_progress=False
-        )
+        bpe.train_from_iterator(texts, vocabulary, min_frequency=2, special_tokens=[END_OF_TEXT], show_progress=False)
         PreTrainedTokenizerFast(
             tokenizer_object=bpe._tokenizer,
             bos_token=END_OF_TEXT,
@@ -384,7 +239,7 @@ def resume(
     return state["step"], state["seconds"], state["cpu_seconds"]
 
 
-def rounded(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the model as it is once saved in float16 and loaded in float32: scores are those of what ships."""
     return model.half().float().eval()
 
