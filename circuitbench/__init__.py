@@ -19,23 +19,53 @@ from .errors import (  # noqa: E402
     VersionMismatch,
 )
 from .models import Model, load_model  # noqa: E402
+from .tracing import (  # noqa: E402
+    Ablate,
+    Activations,
+    Add,
+    Intervention,
+    Knockout,
+    Result,
+    Scale,
+    Set,
+    ablate,
+    capture,
+    generate_text,
+    hold,
+    intervene,
+    steer,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablate",
+    "Activations",
+    "Add",
     "Architecture",
     "BadInput",
     "CheckFailed",
     "CircuitbenchError",
+    "Intervention",
     "KernelMismatch",
+    "Knockout",
     "Model",
     "Part",
     "ReadOnlySite",
     "RemoteError",
+    "Result",
+    "Scale",
+    "Set",
     "Site",
     "SiteNotFound",
     "UnsupportedModel",
     "VersionMismatch",
+    "ablate",
+    "capture",
+    "generate_text",
+    "hold",
+    "intervene",
     "load_model",
     "register_architecture",
+    "steer",
 ]

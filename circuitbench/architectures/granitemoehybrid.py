@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from .base import LAYER, Architecture, Site
-from .blocks import HEADS, attention, attention_part, mlp_part, moe_part, resid_mid, resid_post, resid_pre, ssd, ssd_part
+from .blocks import (
+    HEADS,
+    attention,
+    attention_part,
+    mlp_part,
+    moe_part,
+    resid_mid,
+    resid_post,
+    resid_pre,
+    ssd,
+    ssd_part,
+)
 
 SCALE = "layer.residual_multiplier"
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -56,7 +58,7 @@ def bind(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def discretised(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float] | None) -> Tensor:
+def discretised(dt: Tensor, bias: Tensor | None, softplus: bool, limit: Sequence[float] | None) -> Tensor:
     """dt as the recurrence uses it. The same operations, in the same dtype, as Hugging Face's."""
     if bias is not None:
         dt = dt + bias.to(dt.dtype)

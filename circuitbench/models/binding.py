@@ -55,7 +55,9 @@ class Binder:
         """The view of one layer."""
         base = f"{self.architecture.layers}.{index}"
         found = {LAYER: ""} | {
-            name: path for name, part in self.architecture.parts.items() if (path := find_part(module, part)) is not None
+            name: path
+            for name, part in self.architecture.parts.items()
+            if (path := find_part(module, part)) is not None
         }
         envoys = {name: self.envoy(base, path) for name, path in found.items()}
         spots: dict[str, dict[str, Any]] = {name: {} for name in found}
@@ -113,7 +115,12 @@ class Binder:
                     recurrence,
                     scans,
                     names[name],
-                    [envoy for owner, site in needed if owner == name and site in scans for envoy in needed[owner, site]],
+                    [
+                        envoy
+                        for owner, site in needed
+                        if owner == name and site in scans
+                        for envoy in needed[owner, site]
+                    ],
                 )
         kind = kind_of(found, self.architecture.parts)
         return LayerView(index, kind, envoys[LAYER], spots[LAYER], parts, shapes, axes)
@@ -122,7 +129,9 @@ class Binder:
         """A site of the model as a whole."""
         bound = self.spot(name, replace(site, at=at), self.nn, self.nn, None, None)
         if bound is None:
-            raise UnsupportedModel(f"The map for {self.architecture.model_type!r} has {name} at {at!r}: no such module.")
+            raise UnsupportedModel(
+                f"The map for {self.architecture.model_type!r} has {name} at {at!r}: no such module."
+            )
         return bound
 
     def envoy(self, base: str, path: str) -> Envoy:
@@ -181,17 +190,13 @@ class Binder:
             writable=site.writable,
         )
 
-    def sizes(
-        self, axes: list[str], owner: nn.Module, layer: nn.Module | None, part: Part | None
-    ) -> dict[str, int]:
+    def sizes(self, axes: list[str], owner: nn.Module, layer: nn.Module | None, part: Part | None) -> dict[str, int]:
         """Sizes of the axes that the map knows."""
         dims = {**DIMS, **(part.dims if part else {})}
         found = {axis: self.attribute(dims[axis], owner, layer) for axis in axes if axis in dims}
         return {axis: size for axis, size in found.items() if isinstance(size, int)}
 
-    def shape(
-        self, site: Site, owner: nn.Module, layer: nn.Module | None, part: Part | None
-    ) -> tuple[str, ...]:
+    def shape(self, site: Site, owner: nn.Module, layer: nn.Module | None, part: Part | None) -> tuple[str, ...]:
         """The canonical axes, with sizes where the map knows them."""
         axes = canonical_axes(site)
         sizes = self.sizes(axes, owner, layer, part)

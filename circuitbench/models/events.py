@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nnsight.intervention.envoy import Mediator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class WriteBack:
@@ -67,6 +67,19 @@ def wanted(location: str) -> int:
 def follows(location: str) -> bool:
     """Whether requests follow the model from visit to visit (inside ``tracer.iter``), rather than ask for a fixed one."""
     return worker(location).iteration is None
+
+
+def every_forward() -> Iterator[int]:
+    """Steps of a run, one for every forward the model makes, until it makes no more (as ``tracer.iter[:]``).
+
+    A block that is held as an edit travels with the model, and must not name the tracer it was written under.
+    """
+    mediator = worker("a step")
+    step = 0
+    while True:
+        mediator.iteration = step
+        yield step
+        step += 1
 
 
 def passed(location: str, occurrence: int) -> bool:

@@ -118,9 +118,7 @@ def fast_selective_scan(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         if hidden_states.device.type != "cpu":
-            return original(
-                hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **kwargs
-            )
+            return original(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **kwargs)
         if delta_bias is not None:
             dt = dt + delta_bias.to(dt.dtype)[..., None]
         if delta_softplus:
@@ -136,5 +134,3 @@ def fast_selective_scan(original: Callable[..., Any]) -> Callable[..., Any]:
 
     setattr(mamba_selective_scan, MARK, original)
     return mamba_selective_scan
-
-

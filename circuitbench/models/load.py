@@ -136,7 +136,9 @@ def from_name(
         return zoo_model(rest, tokenizer, dtype)
     try:
         if raw_checkpoints.is_raw(name, revision):
-            return raw_checkpoints.load(name, revision, dtype or torch.float32, remote), tokenizer or own_tokenizer(name)
+            return raw_checkpoints.load(name, revision, dtype or torch.float32, remote), tokenizer or own_tokenizer(
+                name
+            )
         config = AutoConfig.from_pretrained(name, revision=revision)
         architecture_of(config)
         settings: dict[str, Any] = {"dtype": dtype or torch.float32, "attn_implementation": "eager"}
@@ -177,6 +179,8 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise BadInput(f'dtype={dtype!r} is no floating-point type; type "float32", "bfloat16", "float16" or "float64".')
+            raise BadInput(
+                f'dtype={dtype!r} is no floating-point type; type "float32", "bfloat16", "float16" or "float64".'
+            )
         return found
     return dtype

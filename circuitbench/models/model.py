@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, SiteNotFound
-from . import views
+from .views import Layers
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -29,13 +29,13 @@ class Model:
     def __init__(
         self,
         nn: TransformersModel,
-        layers: list[views.LayerView],
+        layers: list[LayerView],
         roots: dict[str, Spot],
         shapes: dict[str, tuple[str, ...]],
         architecture: str,
     ) -> None:
         self.__dict__["nn"] = nn
-        self.__dict__["layers"] = views.Layers(layers)
+        self.__dict__["layers"] = Layers(layers)
         self.__dict__["_roots"] = roots
         self.__dict__["_shapes"] = shapes
         self.__dict__["architecture"] = architecture
@@ -123,4 +123,3 @@ class Model:
 
 def _shape(shape: tuple[str, ...]) -> str:
     return "(" + ", ".join(shape) + ")"
-

@@ -106,7 +106,9 @@ def load(source: str, revision: str | None, dtype: torch.dtype, remote: bool) ->
     if remote:
         multiple = raw.get("pad_vocab_size_multiple", 8)
         with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(converted(raw, -(-raw["vocab_size"] // multiple) * multiple), dtype=dtype)
+            hf = AutoModelForCausalLM.from_config(
+                converted(raw, -(-raw["vocab_size"] // multiple) * multiple), dtype=dtype
+            )
         hf.name_or_path = source
         return hf
     state = read_weights(source, revision)

@@ -131,9 +131,7 @@ class ScanRun:
 
     def changed(self, names: tuple[str, ...]) -> bool:
         """Whether the block changed any of these, by assignment or in place."""
-        return any(
-            name in self.given or (name in self.held and edited(*self.held[name])) for name in names
-        )
+        return any(name in self.given or (name in self.held and edited(*self.held[name])) for name in names)
 
     # The state --------------------------------------------------------------------------------------------------------
 

@@ -262,7 +262,9 @@ class Spot:
         raw = self.select(held)
         whole, rows = self.to_canonical(raw, now), own_rows(location)
         value = matching(value, whole[rows], self.address)
-        if value is whole or (torch.equal(value, whole[rows]) and not (torch.is_grad_enabled() and value.requires_grad)):
+        if value is whole or (
+            torch.equal(value, whole[rows]) and not (torch.is_grad_enabled() and value.requires_grad)
+        ):
             return  # writing back what is there changes nothing, to the last bit
         self.put(location, held, raw, self.to_raw(splice(whole, rows, value), raw, now))
 

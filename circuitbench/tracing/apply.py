@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from ..models import Model
     from .interventions import Intervention
 
-Plan = list  # of (address, interventions there, whether the site's value is wanted), in the order the model reaches them
+Plan = (
+    list  # of (address, interventions there, whether the site's value is wanted), in the order the model reaches them
+)
 
 
 def run_plan(
@@ -137,9 +139,7 @@ def mask_of(item: Intervention, chosen: Tensor, value: Tensor, address: str, axe
     return restrict(chosen, value, item.heads, item.channels, address, has_heads(axes))
 
 
-def knock_out(
-    model: Model, address: str, item: Knockout, index: Tensor, lengths: Tensor, growing: bool
-) -> None:
+def knock_out(model: Model, address: str, item: Knockout, index: Tensor, lengths: Tensor, growing: bool) -> None:
     """Register a knockout with the mixer's scan."""
     _, layer, _ = address.split(".", 2)
     axes = axes_by_address(model, address)

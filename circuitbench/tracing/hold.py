@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BadInput
+from ..models.events import every_forward
 from .apply import apply_at, read_index
 from .interventions import Ablate, Add, Direction, Intervention, Knockout
 from .run import lock_of, planned
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def hold(
-    model: Model, interventions: Intervention | Knockout | Sequence[Intervention | Knockout]
-) -> Iterator[Model]:
+def hold(model: Model, interventions: Intervention | Knockout | Sequence[Intervention | Knockout]) -> Iterator[Model]:
     """Keep interventions on for every trace and generate inside the block.
 
     Args:
@@ -51,18 +50,17 @@ def hold(
                 )
     with lock_of(model):
         edits = len(model.nn._edits)
-        with model.nn.edit(inplace=True) as tracer:
+        with model.nn.edit(inplace=True):
             so_far, lengths = 0, None
-            for _ in tracer.iter[:]:
+            for _ in every_forward():
                 index, lengths, so_far = positions_of(model, so_far, lengths)
                 for address, items in plan:
                     apply_at(model, address, items, index, lengths, True)
         ours = model.nn._edits[edits:]
-    locations = "|".join(re.escape(model.nn.path + name) for name in (".input",))
     try:
         with warnings.catch_warnings():
             # The edit waits for a next forward when the last one is over; that is how it ends, and not worth a warning.
-            warnings.filterwarnings("ignore", message=f"'({locations}).*' was never reached")
+            warnings.filterwarnings("ignore", message=f"'{re.escape(model.nn.path)}.input.* was never reached")
             yield model
     finally:
         for edit in ours:

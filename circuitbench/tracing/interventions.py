@@ -46,14 +46,18 @@ class Intervention:
         """What the selected entries become; same shape as `value`. `real` `(b, t)` marks real tokens."""
         raise TypeError("Intervention says only where; use Set, Add, Scale, Ablate or Knockout.")
 
-    def changed(self, value: Tensor, index: Tensor, lengths: Tensor, address: str, has_heads: bool, growing: bool) -> Tensor:
+    def changed(
+        self, value: Tensor, index: Tensor, lengths: Tensor, address: str, has_heads: bool, growing: bool
+    ) -> Tensor:
         """`value` with this intervention applied where it is meant to be."""
         chosen = select(self.positions, index, lengths, growing)
         mask = restrict(chosen, value, self.heads, self.channels, address, has_heads)
         return torch.where(mask, self.apply(value, index >= 0, address).to(value.dtype), value)
 
     def __repr__(self) -> str:
-        given = {k: v for k, v in self.__dict__.items() if v is not None and k != "site" and not isinstance(v, torch.Tensor)}
+        given = {
+            k: v for k, v in self.__dict__.items() if v is not None and k != "site" and not isinstance(v, torch.Tensor)
+        }
         inside = "".join(f", {key}={value!r}" for key, value in given.items())
         return f"{type(self).__name__}({self.site!r}{inside})"
 
@@ -73,7 +77,9 @@ def broadcast(given: Any, value: Tensor, address: str, what: str) -> Tensor:
 class Set(Intervention):
     """Replace entries by a value: a number, or a tensor that broadcasts over the site's `(b, t, ...)`."""
 
-    def __init__(self, site: str, value: Any, positions: Positions = None, heads: Any = None, channels: Any = None) -> None:
+    def __init__(
+        self, site: str, value: Any, positions: Positions = None, heads: Any = None, channels: Any = None
+    ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
         self.value = value
 

@@ -104,7 +104,9 @@ def encode(model: Model, prompts: Prompts) -> Batch:
         if limit is not None and takes_position_ids(model) and len(row) > limit:
             raise BadInput(f"{where} has {len(row)} tokens, and this model takes {limit} (max_position_embeddings).")
         if min(row) < 0 or max(row) >= vocabulary:
-            raise BadInput(f"{where} has token ids from {min(row)} to {max(row)}; the vocabulary is 0 to {vocabulary - 1}.")
+            raise BadInput(
+                f"{where} has token ids from {min(row)} to {max(row)}; the vocabulary is 0 to {vocabulary - 1}."
+            )
     longest = max(len(row) for row in rows)
     pad = pad_id(model)
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
@@ -127,7 +129,9 @@ def as_rows(model: Model, prompts: Prompts) -> list[list[int]]:
         return masked_rows(prompts)
     if isinstance(prompts, torch.Tensor):
         if prompts.dim() not in (1, 2) or prompts.is_floating_point():
-            raise BadInput(f"Token ids are integers of shape (b, t), not {prompts.dtype} of shape {tuple(prompts.shape)}.")
+            raise BadInput(
+                f"Token ids are integers of shape (b, t), not {prompts.dtype} of shape {tuple(prompts.shape)}."
+            )
         return (prompts if prompts.dim() == 2 else prompts[None]).tolist()
     if isinstance(prompts, str):
         return [tokenize(model, prompts)]

@@ -263,5 +263,7 @@ def targets(model: Model, item: Intervention | Knockout) -> list[str]:
     addresses = resolve(model, item.site)
     for address in addresses:
         if address.endswith(".ssm.mixing"):
-            raise ReadOnlySite(f"{address} cannot be written; use Knockout(sources, destinations), or write x, B, C or decay.")
+            raise ReadOnlySite(
+                f"{address} cannot be written; use Knockout(sources, destinations), or write x, B, C or decay."
+            )
     return addresses

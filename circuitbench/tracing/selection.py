@@ -103,7 +103,9 @@ def restrict(
     mask = chosen.reshape(*chosen.shape, *[1] * (value.dim() - 2)).to(value.device)
     if heads is not None:
         if not has_heads:
-            raise BadInput(f"{address} has no heads (its shape is {tuple(value.shape)}); leave heads= out, or use channels=.")
+            raise BadInput(
+                f"{address} has no heads (its shape is {tuple(value.shape)}); leave heads= out, or use channels=."
+            )
         mask = mask & along(heads, value, 2, "heads", address)
     if channels is not None:
         mask = mask & along(channels, value, value.dim() - 1, "channels", address)
