@@ -1,5 +1,7 @@
 """circuitbench: mechanistic interpretability of state-space, recurrent and hybrid language models."""
 
+from __future__ import annotations
+
 import nnsight
 
 # Code that travels to a remote server goes by value: nothing of ours has to exist there.
@@ -19,6 +21,7 @@ from .errors import (  # noqa: E402
     VersionMismatch,
 )
 from .models import Model, load_model  # noqa: E402
+from .models.remote import resume  # noqa: E402
 from .tracing import (  # noqa: E402
     Ablate,
     Activations,
@@ -67,5 +70,6 @@ __all__ = [
     "intervene",
     "load_model",
     "register_architecture",
+    "resume",
     "steer",
 ]

@@ -1,6 +1,8 @@
-"""Every error circuitbench raises on purpose. Each message is one sentence: what was given, what is allowed, what to type."""
+"""Every error circuitbench raises on purpose. Each message says what was given, what is allowed, what to type."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class CircuitbenchError(Exception):
@@ -39,4 +41,14 @@ class CheckFailed(CircuitbenchError):
 
 
 class RemoteError(CircuitbenchError):
-    """A remote job failed, was lost, or the server could not be reached."""
+    """A remote job failed, was lost, or the server could not be reached.
+
+    Attributes:
+        job_id: Id of the job, where there is one: `circuitbench.resume` fetches it.
+        partial: What had been returned before, where the operation consists of several jobs.
+    """
+
+    def __init__(self, message: str, job_id: str | None = None, partial: Any = None) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+        self.partial = partial

@@ -1,5 +1,7 @@
 """Maps from site names to where the tensors live in Hugging Face's code: one small file a family."""
 
+from __future__ import annotations
+
 from .base import Architecture, Part, Site
 from .registry import ARCHITECTURES, architecture_of, register
 

@@ -1,7 +1,8 @@
 """The words a map is written in: `Site`, `Part`, `Architecture`.
 
-A map says, for one family of Hugging Face models, where each site lives. It is data: strings that name modules, operations
-and axes. Nothing here runs a model; `models/` turns a bound map into views, and `circuitbench check` verifies it.
+A map says, for one family of Hugging Face models, where each site lives. It is data: strings that name modules,
+operations and axes. Nothing here runs a model; `models/` turns a bound map into views, and `circuitbench check`
+verifies it.
 
 The address of a location is written ``module.path/operation:port[index]``:
 

@@ -1,7 +1,7 @@
 """Sites that many families share, as building bricks for their maps.
 
-Each function returns ``{site name: Site}`` in the order the model reaches them; a family's map is a few of them in a row,
-plus what is its own. Pass keyword overrides to change single entries.
+Each function returns ``{site name: Site}`` in the order the model reaches them; a family's map is a few of them in a
+row, plus what is its own. Pass keyword overrides to change single entries.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Falcon-H1 (TII 2025, arXiv:2507.22448): a Mamba-2 mixer and attention side by side in every layer.
 
 The branches are multiplied before they are added, so ``ssm.out`` and ``attn.out`` are read after that. Without
-``mamba_rms_norm`` the gate is a plain product: of its own operation for a whole sequence, inside the scan while decoding.
+``mamba_rms_norm`` the gate is a plain product: of its own operation for a whole sequence, inside the scan while
+decoding.
 """
 
 from __future__ import annotations

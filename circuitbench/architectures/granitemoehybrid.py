@@ -1,4 +1,4 @@
-"""Granite 4 (IBM): Mamba-2 or attention, then experts beside a shared MLP; every branch times ``residual_multiplier``."""
+"""Granite 4 (IBM): Mamba-2 or attention, then experts and a shared MLP; every branch times ``residual_multiplier``."""
 
 from __future__ import annotations
 

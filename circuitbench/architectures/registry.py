@@ -34,7 +34,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     if config.model_type not in ARCHITECTURES:
         raise UnsupportedModel(
             f"No architecture map for model_type {config.model_type!r}; there are maps for "
-            f"{', '.join(sorted(ARCHITECTURES))}. Add your own with circuitbench.register_architecture(Architecture(...))."
+            f"{', '.join(sorted(ARCHITECTURES))}. Add yours with circuitbench.register_architecture(Architecture(...))."
         )
     return ARCHITECTURES[config.model_type]
 

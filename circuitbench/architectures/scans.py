@@ -1,8 +1,8 @@
 """How Hugging Face calls a scan: from a kernel's arguments to a recurrence's operands, and back.
 
 One `Scan` per recurrence. In transformers 5.22+, ten families call the same few functions, on CPU (torch) and with CUDA
-kernels alike, so an adapter per function is all it takes. Each has the same two faces: ``read`` turns (args, kwargs) into
-canonical operands, ``pack`` turns a canonical (y, final_state) into what the function would have returned.
+kernels alike, so an adapter per function is all it takes. Each has the same two faces: ``read`` turns (args, kwargs)
+into canonical operands, ``pack`` turns a canonical (y, final_state) into what the function would have returned.
 
 These classes travel to remote servers by value: only torch, and no names of ours at module level.
 """

@@ -1,7 +1,8 @@
 """Zamba2 (Zyphra, arXiv:2411.15242): Mamba-2 layers, some preceded by a shared attention block.
 
-The shared block's output is added to what the mixer reads, not to the residual stream; in a hybrid layer it runs first. The
-embeddings are read a second time by every shared block, so ``embed`` is the embedding's own output, which both follow.
+The shared block's output is added to what the mixer reads, not to the residual stream; in a hybrid layer it runs first.
+The embeddings are read a second time by every shared block, so ``embed`` is the embedding's own output, which both
+follow.
 """
 
 from __future__ import annotations

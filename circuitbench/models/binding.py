@@ -228,8 +228,8 @@ class Binder:
 def instrumented_first(places: list[tuple[str, str, Envoy, bool]]) -> dict[tuple[str, str], list[Envoy]]:
     """For every site, the modules whose operations must be instrumented before it is asked for.
 
-    nnsight instruments a module's forward when an operation in it is first named. Once the model is inside that forward it
-    is too late, so whoever asks for an earlier site inside the module has to name it first.
+    nnsight instruments a module's forward when an operation in it is first named. Once the model is inside that forward
+    it is too late, so whoever asks for an earlier site inside the module has to name it first.
     """
     needed: dict[tuple[str, str], list[Envoy]] = {}
     for number, (owner, name, envoy, operation) in enumerate(places):

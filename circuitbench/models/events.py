@@ -3,11 +3,12 @@
 nnsight runs the user's block as a worker that *parks* at a location until the model gets there. Two things are added to
 that here, and nothing else in the package touches nnsight's machinery:
 
-* **Whole-batch reads.** With several invokes, nnsight narrows every tensor whose first axis happens to have the size of the
-  batch, so eight prompts on a model with eight heads would slice the parameter A. Views read the whole batch and narrow
-  what they know to have a batch axis.
-* **Write-backs.** What a user holds is often computed (transposed, scaled, discretised). A write-back is called when the
-  block next asks the model for anything, or ends, while the model still waits at the location: in-place edits reach it.
+* **Whole-batch reads.** With several invokes, nnsight narrows every tensor whose first axis happens to have the size of
+  the batch, so eight prompts on a model with eight heads would slice the parameter A. Views read the whole batch and
+  narrow what they know to have a batch axis.
+* **Write-backs.** What a user holds is often computed (transposed, scaled, discretised). A write-back is called when
+  the block next asks the model for anything, or ends, while the model still waits at the location: in-place edits reach
+      it.
 
 This module travels to remote servers by value: `nnsight.intervention.envoy` is on NDIF's list of importable modules.
 """
@@ -65,7 +66,7 @@ def wanted(location: str) -> int:
 
 
 def follows(location: str) -> bool:
-    """Whether requests follow the model from visit to visit (inside ``tracer.iter``), rather than ask for a fixed one."""
+    """Whether requests follow the model from visit to visit (inside ``tracer.iter``), not ask for a fixed one."""
     return worker(location).iteration is None
 
 

@@ -79,8 +79,8 @@ def fit(hf: PreTrainedModel) -> None:
     if wrong:
         packages = ", ".join(sorted(set(wrong.values())))
         raise KernelMismatch(
-            f"{packages} is installed, so transformers would run {', '.join(wrong)} with its CUDA kernels, but the model "
-            "is on the CPU; call circuitbench.models.kernels.use_torch_kernels(hf_model) first, or move the model to a GPU."
+            f"{packages} is installed, so transformers would run {', '.join(wrong)} with its CUDA kernels, but the "
+            "model is on the CPU; call circuitbench.models.kernels.use_torch_kernels(hf_model), or move it to a GPU."
         )
     use_fast_s6(hf)
 

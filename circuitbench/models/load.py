@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..architectures import ARCHITECTURES, Architecture, architecture_of
 from ..errors import BadInput, UnsupportedModel, VersionMismatch
-from . import kernels, raw_checkpoints, zoo
+from . import kernels, raw_checkpoints, remote, zoo
 from .binding import Binder
 from .id_tokenizer import id_tokenizer
 from .model import Model
@@ -57,7 +57,8 @@ def load_model(
 
     Args:
         source: A Hub id (``"state-spaces/mamba2-130m-hf"``, raw ``"state-spaces/mamba2-130m"`` too), a folder, a
-            ``PreTrainedModel`` you hold, ``"random:<model_type>"`` (tiny random weights), or ``"zoo:<name>"`` (shipped).
+            ``PreTrainedModel`` you hold, ``"random:<model_type>"`` (tiny random weights), or ``"zoo:<name>"``
+            (shipped).
         tokenizer: A tokenizer, or where to load one; default: the model's own.
         device: Where to put the weights; default: where they are loaded (CPU).
         dtype: Floating-point type of the weights, ``torch.bfloat16`` or ``"bfloat16"``; default: float32.
@@ -106,6 +107,7 @@ def wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, revisio
 
 def bind(nn: TransformersModel, architecture: Architecture) -> Model:
     """A `Model` over nnsight's model."""
+    remote.attach(nn)
     binder = Binder(nn, architecture)
     layers = binder.layers()
     roots = {}

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Model:
     """A language model whose sites can be read and changed while it runs.
 
-    It holds nnsight's model and hands out nnsight's own ``trace`` and ``generate``; the sites are plain views over it, so a
-    with-block written with them also runs on a server that has never heard of circuitbench. Build one with `load_model`.
+    It holds nnsight's model and hands out nnsight's own ``trace`` and ``generate``; the sites are plain views over it,
+    so a with-block written with them also runs on a server that has never heard of circuitbench. Build one with
+    `load_model`.
 
     Attributes:
         layers: The layers; ``model.layers[3].ssm.y``.
@@ -88,7 +89,8 @@ class Model:
         if name.startswith("_"):
             raise AttributeError(name)
         raise SiteNotFound(
-            f"A model has no site or attribute {name!r}; it has embed, logits and layers[i] with {', '.join(self._names())}."
+            f"A model has no site or attribute {name!r}; it has embed, logits and layers[i] "
+            f"with {', '.join(self._names())}."
         )
 
     def __setattr__(self, name: str, value: Tensor) -> None:

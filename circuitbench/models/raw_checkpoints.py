@@ -1,7 +1,7 @@
 """The checkpoints of the ``state-spaces`` organisation, as published: their own config.json, a pickled state dict.
 
-``state-spaces/mamba-*`` and ``mamba2-*`` predate transformers' port and carry a configuration of another form. Parameter
-names agree (transformers renames the embedding itself), so what is needed is the configuration.
+``state-spaces/mamba-*`` and ``mamba2-*`` predate transformers' port and carry a configuration of another form.
+Parameter names agree (transformers renames the embedding itself), so what is needed is the configuration.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def converted(raw: dict[str, Any], vocab_size: int) -> PretrainedConfig:
     """
     if raw.get("attn_layer_idx") or raw.get("d_intermediate", 0) > 0:
         raise UnsupportedModel(
-            "This checkpoint has attention layers or MLPs (attn_layer_idx, d_intermediate), which transformers' Mamba cannot "
-            "hold; load a pure mamba or mamba2 checkpoint."
+            "This checkpoint has attention layers or MLPs (attn_layer_idx, d_intermediate), which transformers' Mamba "
+            "cannot hold; load a pure mamba or mamba2 checkpoint."
         )
     ssm = dict(raw.get("ssm_cfg") or {})
     kind = ssm.pop("layer", "Mamba1")

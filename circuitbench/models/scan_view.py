@@ -1,8 +1,9 @@
 """The sites inside a scan: what it is given, its state, its output, read and changed while the model runs.
 
-A scan is one operation of the model. Its operands are read from that operation's inputs; everything else (the state, the
-decay, what a step writes) is recomputed from them, exactly. An edit replays the recurrence and replaces the operation's
-output, so it works for a whole sequence, for one decoding step with its cache, and beside other blocks of the same batch.
+A scan is one operation of the model. Its operands are read from that operation's inputs; everything else (the state,
+the decay, what a step writes) is recomputed from them, exactly. An edit replays the recurrence and replaces the
+operation's output, so it works for a whole sequence, for one decoding step with its cache, and beside other blocks of
+the same batch.
 
 Travels to remote servers by value (see `events`).
 """
@@ -19,7 +20,7 @@ from .events import flush, notes, own_rows, passed, read_whole, wanted, worker, 
 from .spots import edited, matching, splice, version_of, visit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from nnsight.intervention.envoy import Envoy
     from torch import Tensor
@@ -159,7 +160,7 @@ class ScanRun:
             raise BadInput(f'when= is "before_read" or "after_read", not {when!r}.')
         if self.edits and when != self.when:
             raise BadInput(
-                f'{self.address}: state edits with when="{self.when}" and when="{when}" cannot share one run of the scan.'
+                f'{self.address}: state edits with when="{self.when}" and when="{when}" cannot share a run of the scan.'
             )
         if passed(self.input, self.occurrence):
             raise self.too_late("the state was edited")
@@ -185,8 +186,8 @@ class ScanRun:
             raise self.too_late("a knockout was asked for")
         if self.decoding:
             raise BadInput(
-                f"{self.address}: a Knockout needs its sources in the same forward; while one token is decoded from a cached "
-                "state, what came from where can no longer be told apart."
+                f"{self.address}: a Knockout needs its sources in the same forward; while one token is decoded from a "
+                "cached state, what came from where can no longer be told apart."
             )
         self.knockouts.append({"sources": sources, "destinations": destinations, "heads": heads})
         self.settle_later("a knockout was asked for")

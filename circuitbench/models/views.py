@@ -1,7 +1,8 @@
 """What a user touches inside a with-block: ``model.layers[3].ssm.y``.
 
-Plain Python objects over plain envoys. Reading an attribute asks nnsight for the tensor, assigning to it swaps one in. They
-travel to remote servers by value, so nothing of ours has to exist there; what they carry is numbers, strings and functions.
+Plain Python objects over plain envoys. Reading an attribute asks nnsight for the tensor, assigning to it swaps one in.
+They travel to remote servers by value, so nothing of ours has to exist there; what they carry is numbers, strings and
+functions.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class SSMView(PartView):
 
 
 class LayerView:
-    """One layer: its own sites (``resid_pre``, ``resid_mid``, ``resid_post``) and its parts (``ssm``, ``attn``, ``mlp``).
+    """One layer: its own sites (``resid_pre``, ``resid_mid``, ``resid_post``) and its parts (``ssm``, ``attn``, …).
 
     Attributes:
         index: Number of the layer.

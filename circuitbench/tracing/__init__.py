@@ -1,9 +1,12 @@
 """Running a model with every tensor in reach: capture, interventions, generation, local and remote."""
 
+from __future__ import annotations
+
 from .addresses import resolve
 from .generation import generate_text
 from .hold import ablate, hold, steer
 from .interventions import Ablate, Add, Intervention, Knockout, Scale, Set
+from .jobs import Pending
 from .run import Activations, Result, capture, intervene
 
 __all__ = [
@@ -12,6 +15,7 @@ __all__ = [
     "Add",
     "Intervention",
     "Knockout",
+    "Pending",
     "Result",
     "Scale",
     "Set",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import BadInput
 from .hold import hold
+from .jobs import Pending, check_blocking
 from .prompts import encode
-from .remote import explained
 from .run import lock_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def generate_text(
     seed: int | None = None,
     interventions: Intervention | Knockout | Sequence[Intervention | Knockout] = (),
     remote: bool | str = False,
-) -> str | list[str]:
+    blocking: bool = True,
+) -> str | list[str] | Pending[str | list[str]]:
     """Continue prompts.
 
     Args:
@@ -45,6 +46,7 @@ def generate_text(
         seed: Of the sampling.
         interventions: Held for the prompt and every generated token.
         remote: ``True``, ``"local"`` or a server's address: where to run.
+        blocking: ``False`` sends the run to the server and returns at once: a `Pending`.
 
     Returns:
         The continuation without the prompt; a list for a list of prompts.
@@ -63,14 +65,22 @@ def generate_text(
         settings |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p if top_p is not None else 1.0}
     if num_beams > 1:
         settings["num_beams"] = num_beams
+    check_blocking(remote, blocking)
     batch = encode(model, prompts)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+
+    def finish(values: list[dict[str, Any]]) -> str | list[str]:
+        """Ids as text."""
+        texts = [decode(model, row[batch.input_ids.shape[1] :].tolist()) for row in values[0]["ids"]]
+        return texts[0] if is_single(prompts) else texts
+
     held = hold(model, interventions) if interventions else contextlib.nullcontext()
-    with lock_of(model), held, explained(model, remote), torch.no_grad(), forked(seed):
-        with model.generate(**inputs, **settings, remote=remote) as tracer:
+    with lock_of(model), held, torch.no_grad(), forked(seed):
+        with model.generate(**inputs, **settings, remote=remote, blocking=blocking) as tracer:
+            if seed is not None:
+                torch.manual_seed(seed)  # in the block, so that it happens where the model runs
             ids = tracer.result.save()
-    texts = [decode(model, row[batch.input_ids.shape[1] :].tolist()) for row in ids]
-    return texts[0] if is_single(prompts) else texts
+    return finish([{"ids": ids}]) if blocking else Pending([tracer.backend], finish)
 
 
 def is_single(prompts: Prompts) -> bool:
@@ -81,13 +91,9 @@ def is_single(prompts: Prompts) -> bool:
 
 
 @contextlib.contextmanager
-def forked(seed: int | None) -> Any:
-    """A seeded random state for the block, the caller's own afterwards."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+def forked(seed: int | None) -> Iterator[None]:
+    """Leave the caller's random state as it was, where the block seeds it."""
+    with torch.random.fork_rng(enabled=seed is not None):
         yield
 
 

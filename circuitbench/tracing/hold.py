@@ -1,7 +1,7 @@
 """Interventions that stay on: `hold`, and its two common forms `steer` and `ablate`.
 
-Inside the with-block they apply to every trace and every generation of the model, the user's own ones included, prompt and
-generated tokens alike. They are nnsight edits, so they travel with the model to a remote server.
+Inside the with-block they apply to every trace and every generation of the model, the user's own ones included, prompt
+and generated tokens alike. They are nnsight edits, so they travel with the model to a remote server.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ def hold(model: Model, interventions: Intervention | Knockout | Sequence[Interve
             reached by ``positions=None`` and by slices with an open end.
 
     Raises:
-        BadInput: For an ``Ablate`` by mean or resampling without a reference: one token at a time has nothing to average.
+        BadInput: For an ``Ablate`` by mean or resampling without a reference: one token at a time has nothing to
+            average.
     """
     plan = [(address, items) for address, items, _ in planned(model, interventions, []) if items]
     for _, items in plan:
         for item in items:
             if isinstance(item, Ablate) and item.mode != "zero" and item.reference is None:
                 raise BadInput(
-                    f'{item!r}: while it is held, mode="{item.mode}" needs reference= (activations of the site, for example '
-                    "from capture), because a generated token comes alone."
+                    f'{item!r}: while it is held, mode="{item.mode}" needs reference= (activations of the site, for '
+                    "example from capture), because a generated token comes alone."
                 )
     with lock_of(model):
         edits = len(model.nn._edits)

@@ -1,7 +1,7 @@
 """Interventions: small value objects that say where (site, positions, heads, channels) and what.
 
-They compose as a list, applied in the order the model reaches their sites and, at one site, in the order of the list. They
-travel to remote servers by value: plain classes, only torch.
+They compose as a list, applied in the order the model reaches their sites and, at one site, in the order of the list.
+They travel to remote servers by value: plain classes, only torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Intervention:
 
     Attributes:
         site: Address of the site.
-        positions: Indices into each prompt's own tokens (see `selection.select`); ``None``: all, generated ones included.
+        positions: Indices into each prompt's own tokens (see `selection.select`); ``None``: all, generated ones
+            included.
         heads: Heads, for a site that has them; ``None``: all.
         channels: Indices into the last axis; ``None``: all.
     """
@@ -69,8 +70,8 @@ def broadcast(given: Any, value: Tensor, address: str, what: str) -> Tensor:
         return given.expand_as(value)
     except RuntimeError:
         raise BadInput(
-            f"{address} is {tuple(value.shape)} here; the {what} given is {tuple(given.shape)}, which does not broadcast "
-            "over it (its last axes have to fit)."
+            f"{address} is {tuple(value.shape)} here; the {what} given is {tuple(given.shape)}, which does not "
+            "broadcast over it (its last axes have to fit)."
         ) from None
 
 
@@ -191,4 +192,5 @@ class Knockout:
         self.positions = destinations
 
     def __repr__(self) -> str:
-        return f"Knockout({self.site!r}, sources={self.sources!r}, destinations={self.destinations!r}, heads={self.heads!r})"
+        pairs = f"sources={self.sources!r}, destinations={self.destinations!r}"
+        return f"Knockout({self.site!r}, {pairs}, heads={self.heads!r})"

@@ -142,9 +142,7 @@ def as_rows(model: Model, prompts: Prompts) -> list[list[int]]:
             return [list(prompts)]
         if all(isinstance(row, Sequence) and all(isinstance(token, int) for token in row) for row in prompts):
             return [list(row) for row in prompts]
-    raise BadInput(
-        f"Prompts are a string, a list of strings, token ids, or a mapping with input_ids; not {type(prompts).__name__}."
-    )
+    raise BadInput(f"Prompts are strings, token ids, or a mapping with input_ids, not a {type(prompts).__name__}.")
 
 
 def masked_rows(prompts: Mapping[str, Any]) -> list[list[int]]:
@@ -172,7 +170,7 @@ def tokenize(model: Model, prompt: str) -> list[int]:
         if prompt.replace(" ", "").isdigit():
             return [int(word) for word in prompt.split()]
         raise BadInput(
-            "This model has no tokenizer, so prompts are token ids: a tensor (b, t), a list, or a string like '5 17 3'. "
+            "This model has no tokenizer, so prompts are token ids: a tensor (b, t), a list, a string like '5 17 3'. "
             "Give it one with load_model(..., tokenizer=...)."
         )
     return list(model.tokenizer(prompt)["input_ids"])

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..errors import BadInput, ReadOnlySite
+from ..errors import BadInput, ReadOnlySite, RemoteError
 from .addresses import axes_by_address, resolve
 from .apply import run_plan
 from .interventions import Intervention, Knockout
+from .jobs import Pending, check_blocking
 from .prompts import Batch, encode
-from .remote import explained
 from .selection import select
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Activations(dict):
         super().__init__(values)
         self.lengths = lengths
 
-    def tokens(self, address: str) -> Float[Tensor, "n *rest"]:
+    def tokens(self, address: str) -> Float[Tensor, " n *rest"]:
         """All real tokens of a site, in order, without padding."""
         value = self[address]
         return torch.cat([value[row, : int(length)] for row, length in enumerate(self.lengths)])
@@ -85,21 +85,23 @@ def capture(
     device: str | torch.device = "cpu",
     out: str | Path | None = None,
     remote: bool | str = False,
+    blocking: bool = True,
     progress: bool = False,
-) -> Activations:
+) -> Activations | Pending[Activations]:
     """Read sites for some prompts. The model stops as soon as the last of them has been read.
 
     Args:
         model: The model.
         prompts: What to run (see `prompts.encode`).
         sites: Addresses; ``"layers.*.ssm.gated"`` stands for every layer that has it.
-        positions: Keep only these of each prompt's tokens (ints, slice, ``"last"``); default all. For ``ssm.state`` this
-            bounds the memory too.
+        positions: Keep only these of each prompt's tokens (ints, slice, ``"last"``); default all. For ``ssm.state``
+            this bounds the memory too.
         batch_size: Prompts per forward.
         device: Where the results go.
-        out: Write one safetensors file per batch into this folder instead of keeping the results (address -> tensor, and
-            ``lengths``); the result then holds nothing but `lengths`.
+        out: Write one safetensors file per batch into this folder instead of keeping the results (address -> tensor,
+            and ``lengths``); the result then holds nothing but `lengths`.
         remote: ``True``, ``"local"`` or a server's address: where to run.
+        blocking: ``False`` sends all batches to the server and returns at once: a `Pending`.
         progress: Show a bar.
 
     Returns:
@@ -109,40 +111,74 @@ def capture(
         SiteNotFound: For a site that is not there.
         BadInput: For prompts or positions that do not fit.
     """
+    check_blocking(remote, blocking)
     addresses = resolve(model, sites)
     check_readable(model, addresses)
     batch = encode(model, prompts)
     chosen = None if positions is None else kept_indices(batch, positions)
+    parts = [batch.rows(start, start + batch_size) for start in range(0, len(batch.input_ids), batch_size)]
+    keeps = [None] * len(parts) if chosen is None else list(chosen.split(batch_size))
     pieces: list[dict[str, Tensor]] = []
-    starts = range(0, len(batch.input_ids), batch_size)
-    for number, start in enumerate(tqdm(starts, disable=not progress, desc="capture", unit="batch")):
-        part = batch.rows(start, start + batch_size)
-        keep = None if chosen is None else chosen[start : start + batch_size]
-        piece = captured(model, part, addresses, keep, remote)
-        piece = {address: value.to(device) for address, value in piece.items()}
+
+    def receive(number: int, found: dict[str, Tensor]) -> None:
+        """Put one batch where it belongs."""
+        part = parts[number]
+        if keeps[number] is None:
+            found = {address: unpadded(model, part, address, value) for address, value in found.items()}
+        found = {address: value.to(device) for address, value in found.items()}
         if out is None:
-            pieces.append(piece)
+            pieces.append(found)
         else:
             Path(out).mkdir(parents=True, exist_ok=True)
-            shard = {address: value.contiguous() for address, value in piece.items()}
+            shard = {address: value.contiguous() for address, value in found.items()}
             save_file({**shard, "lengths": part.lengths}, Path(out) / f"{number:06d}.safetensors")
-    return Activations(joined(pieces, model), batch.lengths)
+
+    def finish(values: list[dict[str, Any]]) -> Activations:
+        """All batches together."""
+        for number, found in enumerate(values):
+            receive(number, found["found"])
+        return Activations(joined(pieces), batch.lengths)
+
+    if not blocking:
+        return Pending([submitted(model, p, addresses, k, remote) for p, k in zip(parts, keeps, strict=True)], finish)
+    bar = tqdm(zip(parts, keeps, strict=True), total=len(parts), disable=not progress, desc="capture", unit="batch")
+    for number, (part, keep) in enumerate(bar):
+        try:
+            receive(number, captured(model, part, addresses, keep, remote))
+        except RemoteError as error:
+            error.partial = Activations(joined(pieces), batch.lengths[: number * batch_size])
+            raise
+    return finish([])
 
 
 def captured(
     model: Model, batch: Batch, addresses: list[str], keep: Int[Tensor, "b k"] | None, remote: bool | str
 ) -> dict[str, Tensor]:
-    """One forward's sites, in each prompt's own order."""
-    plan = [(address, [], True) for address in addresses]
-    index, lengths, inputs = batch.index, batch.lengths, batch.inputs(model)
-    columns = None if keep is None else keep + (batch.input_ids.shape[1] - lengths)[:, None]
-    with lock_of(model), explained(model, remote), torch.no_grad():
+    """One forward's sites, as padded."""
+    plan, index, lengths, inputs, columns = prepared(model, batch, addresses, keep)
+    with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote) as tracer:
             found = run_plan(model, plan, index, lengths, False, columns).save()
             tracer.stop()
-    if columns is None:
-        return {address: unpadded(model, batch, address, value) for address, value in found.items()}
     return found
+
+
+def submitted(
+    model: Model, batch: Batch, addresses: list[str], keep: Int[Tensor, "b k"] | None, remote: bool | str
+) -> Any:
+    """As `captured`, sent off without waiting: the job's backend."""
+    plan, index, lengths, inputs, columns = prepared(model, batch, addresses, keep)
+    with lock_of(model), torch.no_grad():
+        with model.trace(**inputs, remote=remote, blocking=False) as sent:
+            found = run_plan(model, plan, index, lengths, False, columns).save()  # noqa: F841 (comes back by name)
+    return sent.backend
+
+
+def prepared(model: Model, batch: Batch, addresses: list[str], keep: Int[Tensor, "b k"] | None) -> tuple:
+    """What a capturing block refers to."""
+    plan = [(address, [], True) for address in addresses]
+    columns = None if keep is None else keep + (batch.input_ids.shape[1] - batch.lengths)[:, None]
+    return plan, batch.index, batch.lengths, batch.inputs(model), columns
 
 
 def unpadded(model: Model, batch: Batch, address: str, value: Tensor) -> Tensor:
@@ -153,7 +189,7 @@ def unpadded(model: Model, batch: Batch, address: str, value: Tensor) -> Tensor:
     return value
 
 
-def joined(pieces: list[dict[str, Tensor]], model: Model) -> dict[str, Tensor]:
+def joined(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Batches of different length as one tensor a site, NaN past the end of the shorter ones."""
     if not pieces:
         return {}
@@ -180,8 +216,8 @@ def kept_indices(batch: Batch, positions: Positions) -> Int[Tensor, "b k"]:
     counts = chosen.sum(1)
     if (counts != counts[0]).any() or counts[0] == 0:
         raise BadInput(
-            f"positions={positions!r} selects {counts.tolist()} tokens of the prompts; capture needs the same number, at "
-            "least one, of each. Capture all positions and index the result instead."
+            f"positions={positions!r} selects {counts.tolist()} tokens of the prompts; capture needs the same number, "
+            "at least one, of each. Capture all positions and index the result instead."
         )
     return batch.index[chosen].reshape(len(chosen), -1)
 
@@ -202,7 +238,8 @@ def intervene(
     sites: str | Sequence[str] = (),
     *,
     remote: bool | str = False,
-) -> Result:
+    blocking: bool = True,
+) -> Result | Pending[Result]:
     """Run prompts with interventions.
 
     Args:
@@ -211,6 +248,7 @@ def intervene(
         interventions: What to change; applied in the order the model reaches the sites, at one site in the given order.
         sites: Sites to return, as they are after the interventions.
         remote: ``True``, ``"local"`` or a server's address: where to run.
+        blocking: ``False`` sends the runs to the server and returns at once: a `Pending`.
 
     Returns:
         Logits, sites, and how far the logits moved.
@@ -220,20 +258,28 @@ def intervene(
         ReadOnlySite: For a site that cannot be changed that way.
         BadInput: For positions, heads or shapes that do not fit.
     """
+    check_blocking(remote, blocking)
     batch = encode(model, prompts)
     plan = planned(model, interventions, resolve(model, sites) if sites else [])
     index, lengths, inputs = batch.index, batch.lengths, batch.inputs(model)
-    with lock_of(model), explained(model, remote), torch.no_grad():
-        with model.trace(**inputs, remote=remote):
+
+    def finish(values: list[dict[str, Any]]) -> Result:
+        """The result of the run with interventions and of the one without."""
+        found, base = values[0]["found"], values[1]["base"]
+        logits = found["logits"]
+        moved = (logits.cpu().float() - base.cpu().float())[batch.attention_mask.bool()].norm().item()
+        wanted = {a: unpadded(model, batch, a, v) for a, v in found.items() if a != "logits" or "logits" in asked}
+        return Result(batch.unpadded(logits), wanted, moved, lengths)
+
+    asked = set(resolve(model, sites)) if sites else set()
+    with lock_of(model), torch.no_grad():
+        with model.trace(**inputs, remote=remote, blocking=blocking) as changed:
             found = run_plan(model, plan, index, lengths, False).save()
-        with model.trace(**inputs, remote=remote):
-            base = model.logits.save()
-    logits = found.pop("logits") if "logits" in found else None
-    assert logits is not None  # `planned` asks for it
-    real = batch.attention_mask.bool()
-    moved = (logits.cpu().float() - base.detach().cpu().float())[real].norm().item()
-    wanted = {address: unpadded(model, batch, address, value) for address, value in found.items()}
-    return Result(batch.unpadded(logits), wanted, moved, lengths)
+        with model.trace(**inputs, remote=remote, blocking=blocking) as plain:
+            base = model.logits.detach().save()
+    if not blocking:
+        return Pending([changed.backend, plain.backend], finish)
+    return finish([{"found": found}, {"base": base}])
 
 
 def planned(

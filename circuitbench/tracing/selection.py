@@ -55,8 +55,8 @@ def select(
         shortest = int(lengths.min())
         if position < -shortest or (position >= shortest and not growing):
             raise BadInput(
-                f"Position {position} is out of range: the shortest prompt has {shortest} tokens, so positions run from "
-                f"{-shortest} to {shortest - 1}."
+                f"Position {position} is out of range: the shortest prompt has {shortest} tokens, so positions run "
+                f"from {-shortest} to {shortest - 1}."
             )
         chosen |= real & (index == (position if position >= 0 else lengths[:, None] + position))
     return chosen
