@@ -1,0 +1,89 @@
+"""Each recurrence as its paper writes it: one step at a time, in float64, sharing nothing with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Change = Callable[[Tensor], Tensor]
+
+
+def s6_step(now: dict[str, Tensor], h: Tensor, decay: Tensor | None, write: Change) -> Tensor:
+    """Mamba, equations 2a and 4: every channel's diagonal A discretised by its own dt."""
+    dt = now["dt"][:, :, None]
+    kept = torch.exp(dt * now["A"]) if decay is None else decay
+    return kept * h + write(dt * now["B"][:, None, :] * now["x"][:, :, None])
+
+
+def s6_read(now: dict[str, Tensor], h: Tensor) -> Tensor:
+    return (h * now["C"][:, None, :]).sum(-1)
+
+
+def ssd_step(now: dict[str, Tensor], h: Tensor, decay: Tensor | None, write: Change) -> Tensor:
+    """Mamba-2, equation 16, head by head; head i reads group i // (heads per group)."""
+    kept = torch.exp(now["dt"] * now["A"]) if decay is None else decay
+    heads, groups = now["x"].shape[1], now["B"].shape[1]
+    added = torch.stack(
+        [
+            now["dt"][:, i, None, None] * now["x"][:, i, :, None] * now["B"][:, i // (heads // groups), None, :]
+            for i in range(heads)
+        ],
+        1,
+    )
+    return kept[:, :, None, None] * h + write(added)
+
+
+def ssd_read(now: dict[str, Tensor], h: Tensor) -> Tensor:
+    heads, groups = h.shape[1], now["C"].shape[1]
+    return torch.stack([(h[:, i] * now["C"][:, i // (heads // groups), None, :]).sum(-1) for i in range(heads)], 1)
+
+
+def delta_step(now: dict[str, Tensor], S: Tensor, decay: Tensor | None, write: Change) -> Tensor:
+    """Gated DeltaNet, equation 10, with its S transposed: S = a·(I − beta·k·kᵀ)·S + beta·k·vᵀ."""
+    a = (now["g"].exp() if decay is None else decay)[:, :, None, None]
+    k, v, beta = now["B"][..., None], now["x"][:, :, None, :], now["beta"][:, :, None, None]
+    erased = torch.eye(k.shape[2], dtype=S.dtype) - beta * k * k.transpose(2, 3)
+    full = erased @ (a * S) + beta * k * v
+    return a * S + write(full - a * S)
+
+
+def delta_read(now: dict[str, Tensor], S: Tensor) -> Tensor:
+    return (S * now["C"][..., None]).sum(2)
+
+
+STEPS = {"s6": (s6_step, s6_read), "ssd": (ssd_step, ssd_read), "gated_delta": (delta_step, delta_read)}
+
+
+def run(
+    name: str,
+    operands: Mapping[str, Tensor],
+    initial_state: Tensor,
+    D: Tensor | None = None,
+    edits: Mapping[int, Change] | None = None,
+    when: str = "before_read",
+    write: Mapping[int, Change] | None = None,
+    decay: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs `(b, t, ...)` and states `(b, t, *state)`.
+
+    Args:
+        edits: position -> function of h_t, written into the loop.
+        write: position -> what is added to the state instead of what the model would add.
+        decay: replaces the model's own, in the shape of `decay_of`.
+    """
+    step, read = STEPS[name]
+    operands = {key: value.double() for key, value in operands.items()}
+    h, outputs, states = initial_state.double(), [], []
+    for t in range(operands["x"].shape[1]):
+        now = {key: value if key == "A" else value[:, t] for key, value in operands.items()}
+        h = step(now, h, None if decay is None else decay[:, t].double(), (write or {}).get(t, lambda own: own))
+        edited = (edits or {}).get(t, lambda own: own)(h)
+        outputs.append(read(now, edited if when == "before_read" else h))
+        states.append(edited)
+        h = edited
+    y = torch.stack(outputs, 1)
+    if D is not None:
+        y = y + (D.double()[:, None] if D.ndim < y.ndim - 2 else D.double()) * operands["x"]
+    return y, torch.stack(states, 1)
