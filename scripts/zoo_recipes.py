@@ -107,5 +107,5 @@ RECIPES = {
     "mqar-bamba": TaskRecipe("bamba", "mqar", steps=2500, decay=0.25),
     "induction-falcon-h1": TaskRecipe("falcon_h1", "induction", steps=1000),
     "pylm-hybrid": LanguageRecipe("bamba", steps=1300, layers=4, attention_layers=(1, 3)),
-    "pylm-mamba2": LanguageRecipe("mamba2", steps=1050, layers=5),
+    "pylm-mamba2": LanguageRecipe("mamba2", steps=1400, layers=5),
 }
