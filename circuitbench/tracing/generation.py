@@ -11,7 +11,7 @@ import torch
 from ..errors import BadInput
 from .hold import hold
 from .jobs import Pending, check_blocking
-from .prompts import encode
+from .prompts import check_padding, encode
 from .run import lock_of
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def generate_text(
         settings["num_beams"] = num_beams
     check_blocking(remote, blocking)
     batch = encode(model, prompts)
+    check_padding(model, batch)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     def finish(values: list[dict[str, Any]]) -> str | list[str]:

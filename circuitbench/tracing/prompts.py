@@ -49,6 +49,7 @@ class Batch:
 
     def inputs(self, model: Model) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
+        check_padding(model, self)
         given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         # A learned or rotary position belongs to a prompt's own token, not to the column it was padded into.
         if self.padded and takes_position_ids(model):
@@ -69,6 +70,22 @@ class Batch:
         for row, length in enumerate(self.lengths.tolist()):
             out[row, :length] = value[row, value.shape[1] - length :]
         return out
+
+
+def check_padding(model: Model, batch: Batch) -> None:
+    """Refuse to pad where padding is not inert.
+
+    transformers masks what enters the mixer, so that a bias of its input projection still leaks from padded columns
+    into the short convolution of a prompt's first tokens. (No published checkpoint has such a bias.)
+
+    Raises:
+        BadInput: For a padded batch on such a model.
+    """
+    if batch.padded and any(name.endswith("in_proj.bias") for name, _ in model.hf.named_parameters()):
+        raise BadInput(
+            "This model's mixers have an in_proj with a bias, which leaks from padding into a prompt's first tokens; "
+            "give it prompts of one length at a time (for capture: batch_size=1)."
+        )
 
 
 def token_index(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:

@@ -1,0 +1,184 @@
+"""What a mixer computes for one prompt, step by step in float64, from the papers' formulas and its own weights.
+
+Written apart from the package: no recurrence of ours, no code of transformers. One prompt at a time, so that padding
+does not exist here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Edit = Callable[[int, Tensor], Tensor]  # (position, h_t) -> h_t
+
+
+def unchanged(position: int, state: Tensor) -> Tensor:
+    return state
+
+
+def silu(value: Tensor) -> Tensor:
+    return value / (1 + torch.exp(-value))
+
+
+def softplus(value: Tensor) -> Tensor:
+    return value.clamp(min=0) + torch.log1p(torch.exp(-value.abs()))
+
+
+def rms(value: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    normed = value / (value.square().mean(-1, keepdim=True) + eps).sqrt()
+    return normed if weight is None else normed * weight
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().double() for name, parameter in module.named_parameters()}
+
+
+def linear(weights: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
+    out = value @ weights[f"{name}.weight"].T
+    return out + weights[f"{name}.bias"] if f"{name}.bias" in weights else out
+
+
+def causal_conv(weights: dict[str, Tensor], value: Tensor) -> Tensor:
+    """Each channel: the weighted sum of its last k values, then SiLU."""
+    kernel = weights["conv1d.weight"][:, 0]
+    out = torch.zeros_like(value) + weights.get("conv1d.bias", torch.zeros(value.shape[1], dtype=value.dtype))
+    for t in range(value.shape[0]):
+        for back in range(min(kernel.shape[1], t + 1)):
+            out[t] += kernel[:, -1 - back] * value[t - back]
+    return silu(out)
+
+
+def mixer(
+    config: Any, module: nn.Module, hidden: Tensor, edit: Edit = unchanged, when: str = "before_read"
+) -> dict[str, Tensor]:
+    """Every site of the mixer for hidden states `(t, d_model)`; `edit` changes the state at a position."""
+    family, hidden = config.model_type, hidden.double()
+    if family in ("mamba", "falcon_mamba", "jamba"):
+        return s6_mixer(family, module, hidden, edit, when)
+    if family == "qwen3_next":
+        return gated_delta_mixer(module, hidden, edit, when)
+    return ssd_mixer(config, module, hidden, edit, when)
+
+
+def s6_mixer(family: str, module: Any, hidden: Tensor, edit: Edit, when: str) -> dict[str, Tensor]:
+    """Algorithm 2 of Gu & Dao 2023, in the arrangement of figure 3; Jamba and Falcon-Mamba norm dt, B and C."""
+    w = weights_of(module)
+    projected = linear(w, "in_proj", hidden)
+    x, gate = projected.chunk(2, dim=-1)
+    x = conv = causal_conv(w, x)
+    n = w["A_log"].shape[1]
+    low_rank, B, C = (x @ w["x_proj.weight"].T).split([w["x_proj.weight"].shape[0] - 2 * n, n, n], dim=-1)
+    if family == "falcon_mamba":
+        low_rank, B, C = (rms(value, module.rms_eps) for value in (low_rank, B, C))
+    if family == "jamba":
+        eps = module.dt_layernorm.variance_epsilon
+        low_rank = rms(low_rank, eps, w["dt_layernorm.weight"])
+        B, C = rms(B, eps, w["b_layernorm.weight"]), rms(C, eps, w["c_layernorm.weight"])
+    dt = softplus(linear(w, "dt_proj", low_rank))
+    A = -torch.exp(w["A_log"])
+    decay = torch.exp(dt[:, :, None] * A)
+    write = dt[:, :, None] * x[:, :, None] * B[:, None, :]
+    state, states, outputs = torch.zeros_like(A), [], []
+    for t in range(len(x)):
+        state = decay[t] * state + write[t]
+        read, state = state, edit(t, state)
+        states.append(state)
+        outputs.append((read if when == "after_read" else state) @ C[t] + w["D"] * x[t])
+    y = torch.stack(outputs)
+    gated = y * silu(gate)
+    return {
+        "in_proj": projected, "conv": conv, "x": x, "dt": dt, "B": B, "C": C, "decay": decay, "write": write,
+        "state": torch.stack(states), "y": y, "gate": gate, "gated": gated, "out": linear(w, "out_proj", gated),
+    }  # fmt: skip
+
+
+def ssd_mixer(config: Any, module: Any, hidden: Tensor, edit: Edit, when: str) -> dict[str, Tensor]:
+    """Section 7 of Dao & Gu 2024: one scalar decay a head, B and C shared by the heads of a group."""
+    family, w = config.model_type, weights_of(module)
+    heads, groups, n = module.num_heads, module.n_groups, module.ssm_state_size
+    inner = module.intermediate_size
+    if family == "falcon_h1":
+        hidden = hidden * module.ssm_in_multiplier
+    projected = linear(w, "in_proj", hidden)
+    sizes = [inner, inner, groups * n, groups * n, heads]
+    gate, x, B, C, dt = projected.split(sizes, dim=-1)
+    if family == "falcon_h1":
+        gate, x, B, C, dt = (m * v for m, v in zip(config.ssm_multipliers, (gate, x, B, C, dt), strict=True))
+    conv = causal_conv(w, torch.cat([x, B, C], dim=-1))
+    x, B, C = conv.split([inner, groups * n, groups * n], dim=-1)
+    x, B, C = (value.unflatten(-1, (parts, -1)) for value, parts in ((x, heads), (B, groups), (C, groups)))
+    low, high = module.time_step_limit
+    dt = softplus(dt + w["dt_bias"]).clamp(low, high)
+    decay = torch.exp(-dt * torch.exp(w["A_log"]))
+    write = torch.stack(
+        [dt[:, h, None, None] * x[:, h, :, None] * B[:, h * groups // heads, None, :] for h in range(heads)], dim=1
+    )
+    state, states, outputs = torch.zeros_like(write[0]), [], []
+    for t in range(len(x)):
+        state = decay[t, :, None, None] * state + write[t]
+        read, state = state, edit(t, state)
+        states.append(state)
+        used = read if when == "after_read" else state
+        outputs.append(torch.stack([used[h] @ C[t, h * groups // heads] + w["D"][h] * x[t, h] for h in range(heads)]))
+    y = torch.stack(outputs)
+    gated = gate_and_norm(family, module, w, y.flatten(1), gate)
+    return {
+        "in_proj": projected, "conv": conv, "x": x, "dt": dt, "B": B, "C": C, "decay": decay, "write": write,
+        "state": torch.stack(states), "y": y, "gate": gate, "gated": gated, "out": linear(w, "out_proj", gated),
+    }  # fmt: skip
+
+
+def gate_and_norm(family: str, module: Any, w: dict[str, Tensor], y: Tensor, gate: Tensor) -> Tensor:
+    """Norm over each group's channels of the gated output; Falcon-H1 may norm first, or not at all."""
+    if family == "falcon_h1" and not module.mamba_rms_norm:
+        return y * silu(gate)
+
+    def normed(value: Tensor) -> Tensor:
+        groups = module.n_groups
+        return rms(value.unflatten(-1, (groups, -1)), module.norm.variance_epsilon).flatten(-2) * w["norm.weight"]
+
+    if family == "falcon_h1" and module.norm.norm_before_gate:
+        return normed(y) * silu(gate)
+    return normed(y * silu(gate))
+
+
+def gated_delta_mixer(module: Any, hidden: Tensor, edit: Edit, when: str) -> dict[str, Tensor]:
+    """Yang, Kautz & Hatamizadeh 2024: decay the memory, then move what it holds at k towards v by beta."""
+    w = weights_of(module)
+    key_heads, value_heads = module.num_k_heads, module.num_v_heads
+    dk, dv, each = module.head_k_dim, module.head_v_dim, module.num_v_heads // module.num_k_heads
+    projected = hidden @ w["in_proj_qkvz.weight"].T
+    q, k, v, z = projected.unflatten(-1, (key_heads, -1)).split([dk, dk, each * dv, each * dv], dim=-1)
+    b, a = (hidden @ w["in_proj_ba.weight"].T).unflatten(-1, (key_heads, -1)).split([each, each], dim=-1)
+    conv = causal_conv(w, torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1))
+    q, k, v = conv.split([key_heads * dk, key_heads * dk, value_heads * dv], dim=-1)
+    q, k = (value.unflatten(-1, (key_heads, dk)) for value in (q, k))
+    q, k = (value / (value.square().sum(-1, keepdim=True) + 1e-6).sqrt() for value in (q, k))
+    B = torch.stack([k[:, h // each] for h in range(value_heads)], dim=1)
+    C = torch.stack([q[:, h // each] for h in range(value_heads)], dim=1) / dk**0.5
+    v = v.unflatten(-1, (value_heads, dv))
+    beta = 1 / (1 + torch.exp(-b.flatten(1)))
+    decay = torch.exp(-torch.exp(w["A_log"]) * softplus(a.flatten(1) + w["dt_bias"]))
+    state = torch.zeros(value_heads, dk, dv, dtype=torch.float64)
+    states, outputs, writes = [], [], []
+    for t in range(len(v)):
+        state = decay[t, :, None, None] * state
+        held = torch.stack([B[t, h] @ state[h] for h in range(value_heads)])
+        write = B[t, :, :, None] * (beta[t, :, None] * (v[t] - held))[:, None, :]
+        state = state + write
+        read, state = state, edit(t, state)
+        used = read if when == "after_read" else state
+        states.append(state)
+        writes.append(write)
+        outputs.append(torch.stack([C[t, h] @ used[h] for h in range(value_heads)]))
+    y = torch.stack(outputs)
+    z = z.reshape(len(z), value_heads, dv)
+    gated = (rms(y, module.norm.variance_epsilon, w["norm.weight"]) * silu(z)).flatten(1)
+    return {
+        "in_proj": projected, "conv": conv, "x": v, "B": B, "C": C, "beta": beta, "decay": decay,
+        "write": torch.stack(writes), "state": torch.stack(states), "y": y, "gate": z.flatten(1), "gated": gated,
+        "out": gated @ w["out_proj.weight"].T,
+    }  # fmt: skip
