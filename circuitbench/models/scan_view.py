@@ -131,8 +131,18 @@ class ScanRun:
         self.settle_later(f"{name} was written")
 
     def changed(self, names: tuple[str, ...]) -> bool:
-        """Whether the block changed any of these, by assignment or in place."""
-        return any(name in self.given or (name in self.held and edited(*self.held[name])) for name in names)
+        """Whether the block changed any of these, by assignment or in place; the same values again are no change."""
+        return any(name in self.given or (name in self.held and self.edited_in_place(name)) for name in names)
+
+    def edited_in_place(self, name: str) -> bool:
+        """Whether what the block holds was edited, and differs from what it would be otherwise."""
+        value, version = self.held[name]
+        if not edited(value, version):
+            return False
+        held = self.held.pop(name)
+        untouched = torch.equal(value, self.current(name))
+        self.held[name] = held
+        return not untouched
 
     # The state --------------------------------------------------------------------------------------------------------
 

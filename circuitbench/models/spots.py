@@ -245,6 +245,9 @@ class Spot:
             value = read_whole(location)
             raw = self.select(value)
             whole = self.to_canonical(raw, now)
+            changed = changed and not torch.equal(view, whole[rows])
+            if not (changed or grad):
+                return  # as in `set`: scaling and scaling back would lose a bit
             new = self.to_raw(splice(whole, rows, view), raw, now)
             if not changed and self.scale is not None:
                 new = raw.detach() + (new - new.detach())  # dividing and multiplying again would lose a bit
