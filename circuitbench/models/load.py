@@ -74,35 +74,46 @@ def load_model(
         VersionMismatch: If transformers or nnsight is a version the maps were not made for.
         KernelMismatch: If installed kernels cannot run where the model is.
     """
+    hf, tokenizer = prepared(source, tokenizer, device, dtype, revision, remote)
+    kernels.fit(hf)
+    return bind(nnsight_model(hf, tokenizer, revision), architecture_of(hf.config))
+
+
+def prepared(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    remote: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The Hugging Face module, where and as it is wanted, and its tokenizer; arguments as in `load_model`."""
     check_versions()
     dtype = as_dtype(dtype)
     if isinstance(source, PreTrainedModel):
-        hf, name = source, source.name_or_path
+        hf = source
         architecture_of(hf.config)
     else:
-        name = os.fspath(source)
-        hf, tokenizer = from_name(name, tokenizer, dtype, revision, remote)
+        hf, tokenizer = from_name(os.fspath(source), tokenizer, dtype, revision, remote)
+    hf: Any = hf
     if device is not None and not remote:
         hf = hf.to(device)
     if isinstance(source, PreTrainedModel) and dtype is not None:
         hf = hf.to(dtype)
-    hf = hf.eval()
-    if isinstance(tokenizer, str):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    kernels.fit(hf)
-    return wrap(hf, tokenizer, revision)
+    found: Any = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return hf.eval(), found
 
 
-def wrap(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, revision: str | None = None) -> Model:
-    """A `Model` over a Hugging Face module."""
-    architecture = architecture_of(hf.config)
+def nnsight_model(
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, revision: str | None = None
+) -> TransformersModel:
+    """nnsight's model over a Hugging Face module."""
     tokenizer = tokenizer or id_tokenizer(hf.config)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {} if revision is None else {"revision": revision}
-    nn = TransformersModel(hf, tokenizer=tokenizer, task="text-generation", **options)
-    return bind(nn, architecture)
+    return TransformersModel(hf, tokenizer=tokenizer, task="text-generation", **options)
 
 
 def bind(nn: TransformersModel, architecture: Architecture) -> Model:
