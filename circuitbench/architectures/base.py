@@ -75,6 +75,7 @@ class Part:
         dims: Axis name -> attribute of the module (or ``config.x``) that holds its size.
         scan: How to read and replay the part's recurrence, if it has one.
         mixes: Whether the part moves information between positions (it then gives the layer its kind).
+        to_residual: Whether the part's ``out`` is added to the residual stream.
     """
 
     paths: tuple[str, ...]
@@ -82,6 +83,7 @@ class Part:
     dims: Mapping[str, str] = field(default_factory=dict)
     scan: Scan | None = None
     mixes: bool = True
+    to_residual: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Architecture:
     random_config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_module(root: nn.Module, path: str) -> Any:
+def find_module(root: Any, path: str) -> Any:
     """The submodule (or parameter) at a dotted path, or ``None`` where there is none."""
     for name in filter(None, path.split(".")):
         root = getattr(root, name, None)

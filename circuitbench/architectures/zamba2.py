@@ -7,6 +7,8 @@ follow.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .base import Architecture, Site
 from .blocks import HEADS, attention, attention_part, mlp, mlp_part, resid_post, resid_pre, ssd, ssd_part
 
@@ -27,8 +29,8 @@ ZAMBA2 = Architecture(
     layers="model.layers",
     parts={
         "ssm": ssd_part("mamba", "mamba_decoder.mamba"),
-        "attn": attention_part("shared_transformer.self_attn"),
-        "mlp": mlp_part("shared_transformer.feed_forward"),
+        "attn": replace(attention_part("shared_transformer.self_attn"), to_residual=False),
+        "mlp": replace(mlp_part("shared_transformer.feed_forward"), to_residual=False),
     },
     sites={
         **resid_pre(),

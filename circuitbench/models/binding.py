@@ -37,7 +37,7 @@ class Binder:
 
     def __init__(self, nn_model: TransformersModel, architecture: Architecture) -> None:
         self.nn = nn_model
-        self.hf: nn.Module = nn_model._module
+        self.hf: Any = nn_model._module
         self.config = self.hf.config.get_text_config()
         self.architecture = architecture
 
@@ -167,10 +167,11 @@ class Binder:
         part: Part | None,
     ) -> Spot | None:
         """A site bound to the module it lives in, or ``None`` if this layer lacks that module."""
-        places = [self.place(at, home) for at in (site.at, site.step if (site.step or "").startswith("/") else site.at)]
-        if any(place is None for place in places):
+        while_decoding = site.step if site.step is not None and site.step.startswith("/") else site.at
+        place, decoding = self.place(site.at, home), self.place(while_decoding, home)
+        if place is None or decoding is None:
             return None
-        (envoy, sequence, element), (_, step, _) = places
+        (envoy, sequence, element), (_, step, _) = place, decoding
         raw, canonical = site.patterns
         grouped = axes_of(raw) if "(" in raw else axes_of(canonical) if "(" in canonical else []
         sizes = self.sizes(grouped, owner._module, layer, part)

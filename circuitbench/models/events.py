@@ -34,7 +34,7 @@ class WriteBack:
         self.key = (self, location, occurrence)
 
 
-def worker(location: str) -> Mediator:
+def worker(location: str) -> Any:
     """The running block's worker; outside of a trace there is none, and nothing to read."""
     try:
         return Mediator.current(location)

@@ -27,6 +27,12 @@ class Model:
         layers: The layers; ``model.layers[3].ssm.y``.
     """
 
+    nn: Any  # nnsight's model; Any, because nnsight types every attribute of an envoy as a tensor
+    layers: Layers
+    architecture: str
+    _roots: dict[str, Spot]
+    _shapes: dict[str, tuple[str, ...]]
+
     def __init__(
         self,
         nn: TransformersModel,

@@ -35,7 +35,7 @@ _CHECKED: set[str] = set()
 class JobBackend(RemoteBackend):
     """nnsight's remote backend; remembers the id of its job, and says what went wrong."""
 
-    status: Status | None = None
+    status: Any = None  # the job's last `Status`
 
     def note(self, response: ResponseModel) -> bool:
         self.job_id, self.status = response.id, response.status

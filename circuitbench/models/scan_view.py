@@ -38,9 +38,9 @@ class Firing:
     """
 
     def __init__(self) -> None:
-        self.gate: Tensor | None = None
-        self.y: Tensor | None = None
-        self.state: Tensor | None = None
+        self.gate: Any = None
+        self.y: Any = None
+        self.state: Any = None
 
 
 class ScanRun:
@@ -62,7 +62,7 @@ class ScanRun:
         batcher = worker(self.input).interleaver.batcher
         if not hasattr(batcher, "circuitbench"):
             batcher.circuitbench = {}
-        self.firing: Firing = batcher.circuitbench.setdefault((operation, self.occurrence), Firing())
+        self.firing: Any = batcher.circuitbench.setdefault((operation, self.occurrence), Firing())
         args, kwargs = read_whole(self.input)
         self.whole: Call = scan.read(args, kwargs, self.decoding)
         shared = self.whole.operands
@@ -70,7 +70,7 @@ class ScanRun:
         initial = self.whole.initial_state
         self.initial_state = None if initial is None else initial[self.rows]
         gate = self.firing.gate if self.firing.gate is not None else self.whole.gate
-        self.gate = None if gate is None else gate[self.rows]
+        self.gate: Any = None if gate is None else gate[self.rows]
         self.gated = gate is not None
         self.held: dict[str, tuple[Tensor, int]] = {}  # what the block holds, and its version when it was handed out
         self.given: dict[str, Tensor] = {}  # what the block assigned
@@ -240,7 +240,7 @@ class ScanRun:
         """Hand the operation's output to the model, gated as the operation would have."""
         y = self.firing.y
         if self.firing.gate is not None:
-            y = y * F.silu(self.firing.gate)
+            y = y * F.silu(self.firing.gate).reshape(y.shape)  # the gate has no head axis
         packed = self.scan.pack(self.whole, y.to(self.whole.dtype).contiguous(), self.firing.state, self.decoding)
         write_whole(self.output, packed)
 
@@ -312,7 +312,7 @@ class ScanRun:
         tracked = torch.is_grad_enabled() and any(self.held[n][0].requires_grad for n in inputs if n in self.held)
         if not (touched or tracked):
             return False
-        if self.firing.y is not None and passed(self.input, self.occurrence) and "y" in self.held:
+        if "y" in self.held and passed(self.input, self.occurrence):
             raise self.too_late("an operand was edited")
         y, state = self.replay()
         self.replayed = True
@@ -341,7 +341,7 @@ class ScanRun:
             value = self.gate.clone()
             self.held["gate"] = (value, version_of(value))
             self.settle_later("the gate was asked for")
-        return self.given.get("gate", self.held.get("gate", (None,))[0])
+        return self.current("gate")
 
     def give_gate(self, value: Tensor) -> None:
         """Replace the gate."""

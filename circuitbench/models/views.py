@@ -33,6 +33,9 @@ def not_found(owner: str, name: str, sites: list[str]) -> SiteNotFound:
 class PartView:
     """The sites of one component of a layer; ``dir()`` lists them."""
 
+    _address: str
+    _spots: dict[str, Spot | Pattern]
+
     def __init__(self, address: str, spots: dict[str, Spot | Pattern]) -> None:
         self.__dict__["_address"] = address
         self.__dict__["_spots"] = spots
@@ -74,6 +77,13 @@ class SSMView(PartView):
 
     Beside the sites: `edit_state` changes the recurrent state, `iter_state` reads it in bounded memory.
     """
+
+    _envoy: Envoy
+    _scan: Scan
+    _recurrence: Any
+    _scan_sites: dict[str, str]
+    _names: list[str]
+    _instrument: list[Envoy]
 
     def __init__(
         self,
@@ -200,6 +210,14 @@ class LayerView:
         shapes: Site name -> shape, with sizes where they are known.
         axes: Site name -> axis names.
     """
+
+    index: int
+    kind: str
+    envoy: Any
+    shapes: dict[str, tuple[str, ...]]
+    axes: dict[str, list[str]]
+    _spots: dict[str, Spot]
+    _parts: dict[str, PartView]
 
     def __init__(
         self,

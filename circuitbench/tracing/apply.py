@@ -55,7 +55,7 @@ def read_columns(model: Model, address: str, columns: Tensor | None) -> Tensor:
         return read_site(model, address)
     if address.endswith(".ssm.state"):
         _, layer, _ = address.split(".", 2)
-        kept: list[Tensor | None] = [None] * columns.numel()
+        kept: list[Any] = [None] * columns.numel()
         for start, states in model.layers[int(layer)].ssm.iter_state():
             for place, column in enumerate(columns.flatten().tolist()):
                 if start <= column < start + states.shape[1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
     from .prompts import Prompts
 
 
+@overload
+def generate_text(
+    model: Model, prompts: Prompts, *, blocking: Literal[False], **settings: Any
+) -> Pending[str | list[str]]: ...
+
+
+@overload
+def generate_text(model: Model, prompts: str, **settings: Any) -> str: ...
+
+
+@overload
+def generate_text(model: Model, prompts: Prompts, **settings: Any) -> Any: ...
+
+
 def generate_text(
     model: Model,
     prompts: Prompts,
@@ -33,7 +47,7 @@ def generate_text(
     interventions: Intervention | Knockout | Sequence[Intervention | Knockout] = (),
     remote: bool | str = False,
     blocking: bool = True,
-) -> str | list[str] | Pending[str | list[str]]:
+) -> Any:
     """Continue prompts.
 
     Args:
@@ -101,4 +115,4 @@ def forked(seed: int | None) -> Iterator[None]:
 def decode(model: Model, ids: list[int]) -> str:
     """Generated ids as text, up to the end of text."""
     assert model.tokenizer is not None  # `load_model` gives every model one
-    return model.tokenizer.decode(ids, skip_special_tokens=True)
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True))

@@ -160,6 +160,7 @@ class Ablate(Intervention):
 
     def pooled(self, value: Tensor, address: str) -> Tensor:
         """The reference as `(n_tokens, ...)`, padding left out."""
+        assert self.reference is not None  # `apply` looked
         pool = self.reference.to(value.device, value.dtype)
         if pool.dim() == value.dim():
             pool = pool.flatten(0, 1)

@@ -153,12 +153,13 @@ def as_rows(model: Model, prompts: Prompts) -> list[list[int]]:
     if isinstance(prompts, str):
         return [tokenize(model, prompts)]
     if isinstance(prompts, Sequence):
-        if all(isinstance(prompt, str) for prompt in prompts):
-            return [tokenize(model, prompt) for prompt in prompts]
-        if all(isinstance(token, int) for token in prompts):
-            return [list(prompts)]
-        if all(isinstance(row, Sequence) and all(isinstance(token, int) for token in row) for row in prompts):
-            return [list(row) for row in prompts]
+        items: Sequence[Any] = prompts
+        if all(isinstance(prompt, str) for prompt in items):
+            return [tokenize(model, prompt) for prompt in items]
+        if all(isinstance(token, int) for token in items):
+            return [list(items)]
+        if all(isinstance(row, Sequence) and all(isinstance(token, int) for token in row) for row in items):
+            return [list(row) for row in items]
     raise BadInput(f"Prompts are strings, token ids, or a mapping with input_ids, not a {type(prompts).__name__}.")
 
 

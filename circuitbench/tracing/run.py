@@ -7,8 +7,9 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import nnsight
 import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -75,6 +76,16 @@ class Result:
         return self.sites[address]
 
 
+@overload
+def capture(
+    model: Model, prompts: Prompts, sites: str | Sequence[str], *, blocking: Literal[False], **settings: Any
+) -> Pending[Activations]: ...
+
+
+@overload
+def capture(model: Model, prompts: Prompts, sites: str | Sequence[str], **settings: Any) -> Activations: ...
+
+
 def capture(
     model: Model,
     prompts: Prompts,
@@ -87,7 +98,7 @@ def capture(
     remote: bool | str = False,
     blocking: bool = True,
     progress: bool = False,
-) -> Activations | Pending[Activations]:
+) -> Any:
     """Read sites for some prompts. The model stops as soon as the last of them has been read.
 
     Args:
@@ -158,7 +169,7 @@ def captured(
     plan, index, lengths, inputs, columns = prepared(model, batch, addresses, keep)
     with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote) as tracer:
-            found = run_plan(model, plan, index, lengths, False, columns).save()
+            found = nnsight.save(run_plan(model, plan, index, lengths, False, columns))
             tracer.stop()
     return found
 
@@ -170,7 +181,7 @@ def submitted(
     plan, index, lengths, inputs, columns = prepared(model, batch, addresses, keep)
     with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote, blocking=False) as sent:
-            found = run_plan(model, plan, index, lengths, False, columns).save()  # noqa: F841 (comes back by name)
+            found = nnsight.save(run_plan(model, plan, index, lengths, False, columns))  # noqa: F841 (comes back by name)
     return sent.backend
 
 
@@ -231,6 +242,29 @@ def check_readable(model: Model, addresses: list[str]) -> None:
             )
 
 
+@overload
+def intervene(
+    model: Model,
+    prompts: Prompts,
+    interventions: Intervention | Knockout | Sequence[Intervention | Knockout],
+    sites: str | Sequence[str] = (),
+    *,
+    blocking: Literal[False],
+    remote: bool | str = False,
+) -> Pending[Result]: ...
+
+
+@overload
+def intervene(
+    model: Model,
+    prompts: Prompts,
+    interventions: Intervention | Knockout | Sequence[Intervention | Knockout],
+    sites: str | Sequence[str] = (),
+    *,
+    remote: bool | str = False,
+) -> Result: ...
+
+
 def intervene(
     model: Model,
     prompts: Prompts,
@@ -239,7 +273,7 @@ def intervene(
     *,
     remote: bool | str = False,
     blocking: bool = True,
-) -> Result | Pending[Result]:
+) -> Any:
     """Run prompts with interventions.
 
     Args:
@@ -274,9 +308,9 @@ def intervene(
     asked = set(resolve(model, sites)) if sites else set()
     with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote, blocking=blocking) as changed:
-            found = run_plan(model, plan, index, lengths, False).save()
+            found = nnsight.save(run_plan(model, plan, index, lengths, False))
         with model.trace(**inputs, remote=remote, blocking=blocking) as plain:
-            base = model.logits.detach().save()
+            base = nnsight.save(model.logits.detach())
     if not blocking:
         return Pending([changed.backend, plain.backend], finish)
     return finish([{"found": found}, {"base": base}])
