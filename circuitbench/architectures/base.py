@@ -71,7 +71,7 @@ class Part:
 
     Attributes:
         paths: Where the module may be, relative to the layer; the first that exists and fits is taken.
-        marker: Submodule or parameter that tells this part from another one at the same path.
+        marker: Submodule or parameter that tells this part from another one at the same path; of several, any.
         dims: Axis name -> attribute of the module (or ``config.x``) that holds its size.
         scan: How to read and replay the part's recurrence, if it has one.
         mixes: Whether the part moves information between positions (it then gives the layer its kind).
@@ -79,7 +79,7 @@ class Part:
     """
 
     paths: tuple[str, ...]
-    marker: str | None = None
+    marker: str | tuple[str, ...] | None = None
     dims: Mapping[str, str] = field(default_factory=dict)
     scan: Scan | None = None
     mixes: bool = True
@@ -124,8 +124,11 @@ def find_module(root: Any, path: str) -> Any:
 
 def find_part(layer: nn.Module, part: Part) -> str | None:
     """The path of a part inside one layer, or ``None`` if this layer does not have it."""
+    markers = (part.marker,) if isinstance(part.marker, str) else part.marker
     for path in part.paths:
         module = find_module(layer, path)
-        if module is not None and (part.marker is None or find_module(module, part.marker) is not None):
+        if module is not None and (
+            markers is None or any(find_module(module, marker) is not None for marker in markers)
+        ):
             return path
     return None

@@ -139,7 +139,7 @@ def attention_part(*paths: str, marker: str = "q_proj", head_dim: str = "head_di
     return Part(paths, marker, {"p": head_dim, "h": heads or "config.num_attention_heads"})
 
 
-def mlp_part(*paths: str, marker: str | None = None) -> Part:
+def mlp_part(*paths: str, marker: str | tuple[str, ...] | None = None) -> Part:
     """Where the MLP (or the mixture of experts) is in a layer."""
     return Part(paths, marker, mixes=False)
 

@@ -11,7 +11,7 @@ NEMOTRON_H = Architecture(
     parts={
         "ssm": ssd_part("mixer"),
         "attn": attention_part("mixer"),
-        "mlp": mlp_part("mixer", marker="down_proj"),
+        "mlp": mlp_part("mixer", marker=("down_proj", "experts")),
         "moe": moe_part("mixer"),
     },
     sites={**resid_pre(), **ssd(), **attention(), **mlp(router="gate"), **resid_post()},

@@ -101,7 +101,6 @@ GPT_NEOX = Architecture(
         **resid_post(),
     },
     final_norm="gpt_neox.final_layer_norm",
-    unembed="embed_out",
     random_config={
         "vocab_size": 97,
         "hidden_size": 32,
