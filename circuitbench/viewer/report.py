@@ -203,7 +203,7 @@ def _training_figures(training: Training) -> list[Figure]:
             step,
             {"dead": h["dead_share"]},
             title="Dead features",
-            caption="not active for a while",
+            caption="silent of late",
             x_label="step",
             y_label="share of features",
             percent=True,
