@@ -28,7 +28,7 @@ def remote(request: pytest.FixtureRequest, ndif_server: NdifServer) -> str:
 
 
 def in_a_users_own_block(model: cb.Model, remote: str | bool) -> dict[str, torch.Tensor]:
-    ssm, last = model.layers[0].ssm, len(model.layers) - 1
+    last = len(model.layers) - 1
     with torch.no_grad():
         with model.trace("how does it compute", remote=remote):
             B = model.layers[0].ssm.B.save()
@@ -36,7 +36,6 @@ def in_a_users_own_block(model: cb.Model, remote: str | bool) -> dict[str, torch
             gated = model.layers[0].ssm.gated.save()
             resid = model.layers[last].resid_post.save()
             logits = model.logits.save()
-    del ssm
     return {"B": B, "gated": gated, "resid": resid, "logits": logits}
 
 
@@ -69,8 +68,11 @@ def test_gradients_are_the_same_everywhere(model: cb.Model, remote: str) -> None
         return gradient
 
     here, there = run(False), run(remote)
-    assert here.abs().max() > 0
-    torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-6)
+    largest = here.abs().max().item()
+    assert largest > 0
+    # The norm of a nearly zero y magnifies float noise (it depends on the number of threads): compare on the
+    # gradient's own scale.
+    torch.testing.assert_close(there, here, rtol=0, atol=1e-5 * largest)
 
 
 def test_our_functions_are_the_same_everywhere(model: cb.Model, remote: str) -> None:
