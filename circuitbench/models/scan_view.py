@@ -34,6 +34,7 @@ class Firing:
     Attributes:
         gate: The gate that the operation would have applied, once it has been taken from it; canonical, whole batch.
         y: Scan output before the gate, canonical, whole batch, once the operation has run.
+        dtype: What the operation returned y in (Mamba-2's torch code: float32, whatever the model is in).
         state: Final state it returned, or the cache it updated.
     """
 
@@ -229,6 +230,7 @@ class ScanRun:
                 write_whole(self.input, self.scan.gateless(args, kwargs))
             output = read_whole(self.output)
             self.firing.y = self.scan.output_y(output, self.decoding)
+            self.firing.dtype = self.firing.y.dtype
             if self.whole.returns_state:
                 self.firing.state = output[1]
             if self.firing.gate is not None:
@@ -241,7 +243,7 @@ class ScanRun:
         y = self.firing.y
         if self.firing.gate is not None:
             y = y * F.silu(self.firing.gate).reshape(y.shape)  # the gate has no head axis
-        packed = self.scan.pack(self.whole, y.to(self.whole.dtype).contiguous(), self.firing.state, self.decoding)
+        packed = self.scan.pack(self.whole, y.to(self.firing.dtype).contiguous(), self.firing.state, self.decoding)
         write_whole(self.output, packed)
 
     def take_y(self) -> Tensor:
