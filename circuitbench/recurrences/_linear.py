@@ -259,7 +259,8 @@ class _ReverseScan(torch.autograd.Function):
 
 def survival(decay: Float[Tensor, "... t"]) -> Float[Tensor, "... t t"]:
     """[i, j] = the product of the decays at j+1 … i, 1 on the diagonal and 0 above it; decays of any sign, and zero."""
-    return torch.where(_below_diagonal(decay), decay[..., None], 1.0).cumprod(-2).tril()
+    later = _later(decay)
+    return torch.where(later.mT, decay[..., None], 1.0).cumprod(-2).masked_fill(later, 0.0)
 
 
 def survival_from_log(log_decay: Float[Tensor, "... t"]) -> Float[Tensor, "... t t"]:
@@ -268,9 +269,11 @@ def survival_from_log(log_decay: Float[Tensor, "... t"]) -> Float[Tensor, "... t
     The logarithms are summed for each pair on its own: a difference of two running sums loses all digits behind one
     large step.
     """
-    return torch.where(_below_diagonal(log_decay), log_decay[..., None], 0.0).cumsum(-2).exp().tril()
+    later = _later(log_decay)
+    return torch.where(later.mT, log_decay[..., None], 0.0).cumsum(-2).exp().masked_fill(later, 0.0)
 
 
-def _below_diagonal(steps: Float[Tensor, "... t"]) -> Bool[Tensor, "t t"]:
-    t = steps.shape[-1]
-    return torch.ones(t, t, dtype=torch.bool, device=steps.device).tril(-1)
+def _later(steps: Float[Tensor, "... t"]) -> Bool[Tensor, "t t"]:
+    """[i, j]: j comes after i. (Not by `tril`, which starts all threads even for a tiny matrix.)"""
+    position = torch.arange(steps.shape[-1], device=steps.device)
+    return position > position[:, None]

@@ -147,25 +147,25 @@ BAD = [
 
 @pytest.mark.parametrize(("wrong", "sentence"), BAD, ids=[sentence[:30] for _, sentence in BAD])
 @each_recurrence
-def test_bad_input_gets_one_sentence(name, wrong, sentence, unchecked) -> None:
+def test_bad_input_gets_one_sentence(name, wrong, sentence, as_users_have_it) -> None:
     layer = case(name)
     with pytest.raises(ValueError, match=sentence) as raised:
-        unchecked(layer.module.forward)(**layer.operands | wrong)
+        layer.module.forward(**layer.operands | wrong)
     assert "\n" not in str(raised.value)
 
 
 @each_recurrence
-def test_an_empty_sequence_is_refused(name, unchecked) -> None:
+def test_an_empty_sequence_is_refused(name, as_users_have_it) -> None:
     with pytest.raises(ValueError, match="empty"):
-        unchecked(RECURRENCES[name].forward)(**case(name, length=0).operands)
+        RECURRENCES[name].forward(**case(name, length=0).operands)
 
 
 @each_recurrence
-def test_a_chunk_of_no_positions_is_refused(name, unchecked) -> None:
+def test_a_chunk_of_no_positions_is_refused(name, as_users_have_it) -> None:
     with pytest.raises(ValueError, match="chunk=0 is not possible"):
-        unchecked(RECURRENCES[name].iter_states)(**case(name).operands, chunk=0)
+        RECURRENCES[name].iter_states(**case(name).operands, chunk=0)
 
 
-def test_groups_must_divide_the_heads(unchecked) -> None:
+def test_groups_must_divide_the_heads(as_users_have_it) -> None:
     with pytest.raises(ValueError, match="4 heads and B 3 groups"):
-        unchecked(RECURRENCES["ssd"].forward)(**case("ssd", groups=3).operands)
+        RECURRENCES["ssd"].forward(**case("ssd", groups=3).operands)
