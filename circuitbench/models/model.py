@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .prompts import Prompts
     from .spots import Spot
     from .views import LayerView
 
@@ -73,6 +74,21 @@ class Model:
         """nnsight's ``generate``: ``with model.generate(prompt, max_new_tokens=5) as tracer: ...``."""
         self._check_free()
         return self.nn.generate
+
+    def generate_text(self, prompts: Prompts, **settings: Any) -> Any:
+        """Continue prompts, and return the text.
+
+        Args:
+            prompts: A string, a list of strings, or token ids.
+            **settings: ``max_new_tokens=20``, ``temperature=0.0``, ``top_k``, ``top_p``, ``num_beams``, ``seed``,
+                ``remote``, ``blocking`` (see `models.generation.generate_text`).
+
+        Returns:
+            The continuation without the prompt; a list for a list of prompts.
+        """
+        from .generation import generate_text  # here, because what a model names at module level travels with it
+
+        return generate_text(self, prompts, **settings)
 
     def _check_free(self) -> None:
         """One forward at a time: nnsight's workers belong to the thread that runs it."""

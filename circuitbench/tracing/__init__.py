@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..models.jobs import Pending
 from .addresses import resolve
 from .generation import generate_text
 from .hold import ablate, hold, steer
 from .interventions import Ablate, Add, Intervention, Knockout, Scale, Set
-from .jobs import Pending
 from .run import Activations, Result, capture, intervene
 
 __all__ = [

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import nnsight
 import torch
 
+from ..models.lock import lock_of
 from .apply import run_plan
-from .run import lock_of, planned
+from .run import planned
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..models import Model
+    from ..models.prompts import Batch
     from .interventions import Intervention, Knockout
-    from .prompts import Batch
 
 
 def forward(
@@ -30,5 +32,5 @@ def forward(
     index, lengths, inputs = batch.index, batch.lengths, batch.inputs(model)
     with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote):
-            found = run_plan(model, plan, index, lengths, False).save()
+            found = nnsight.save(run_plan(model, plan, index, lengths, False))
     return found

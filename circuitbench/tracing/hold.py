@@ -16,9 +16,10 @@ import torch
 
 from ..errors import BadInput
 from ..models.events import every_forward
+from ..models.lock import lock_of
 from .apply import apply_at, read_index
 from .interventions import Ablate, Add, Direction, Intervention, Knockout
-from .run import lock_of, planned
+from .run import planned
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +13,12 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..errors import BadInput, ReadOnlySite, RemoteError
+from ..models.jobs import Pending, check_blocking
+from ..models.lock import lock_of
+from ..models.prompts import Batch, encode
 from .addresses import axes_by_address, resolve
 from .apply import run_plan
 from .interventions import Intervention, Knockout
-from .jobs import Pending, check_blocking
-from .prompts import Batch, encode
 from .selection import select
 
 if TYPE_CHECKING:
@@ -27,15 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..models import Model
-    from .prompts import Prompts
+    from ..models.prompts import Prompts
     from .selection import Positions
-
-_LOCKS: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
-
-
-def lock_of(model: Model) -> threading.RLock:
-    """One run at a time and model: nnsight's workers belong to the thread that runs the model."""
-    return _LOCKS.setdefault(model.hf, threading.RLock())
 
 
 class Activations(dict):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..errors import BadInput, RemoteError
-from ..models.remote import wait
+from .remote import wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..models.remote import JobBackend
+    from .remote import JobBackend
 
 T = TypeVar("T")
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BadInput
-from ..models.id_tokenizer import NAME as IDS_ONLY
+from .id_tokenizer import NAME as IDS_ONLY
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from ..models import Model
+    from .model import Model
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Mapping[str, Any]
 
