@@ -91,7 +91,7 @@ class Scan:
         """The call in canonical form."""
         raise TypeError("Scan is abstract")
 
-    def pack(self, call: Call, y: Tensor, state: Tensor, decoding: bool) -> Any:
+    def pack(self, call: Call, y: Tensor, state: Tensor | None, decoding: bool) -> Any:
         """A canonical result in the form the function returns it."""
         raise TypeError("Scan is abstract")
 
@@ -151,7 +151,7 @@ class S6Scan(Scan):
             returns_state=bool(given.get("return_last_state", False)),
         )
 
-    def pack(self, call: Call, y: Tensor, state: Tensor, decoding: bool) -> Any:
+    def pack(self, call: Call, y: Tensor, state: Tensor | None, decoding: bool) -> Any:
         if decoding:
             return y.squeeze(1)
         y = y.transpose(1, 2)
@@ -204,7 +204,7 @@ class SSDScan(Scan):
             returns_state=bool(given.get("return_final_states", False)),
         )
 
-    def pack(self, call: Call, y: Tensor, state: Tensor, decoding: bool) -> Any:
+    def pack(self, call: Call, y: Tensor, state: Tensor | None, decoding: bool) -> Any:
         if decoding:
             return y.squeeze(1)
         return (y, state) if call.returns_state else y
@@ -245,7 +245,7 @@ class GatedDeltaScan(Scan):
             returns_state=True,
         )
 
-    def pack(self, call: Call, y: Tensor, state: Tensor, decoding: bool) -> Any:
+    def pack(self, call: Call, y: Tensor, state: Tensor | None, decoding: bool) -> Any:
         return y, state
 
     def output_y(self, output: Any, decoding: bool) -> Tensor:

@@ -94,7 +94,7 @@ def use_fast_s6(hf: PreTrainedModel) -> None:
 
 
 def use_own_s6(hf: PreTrainedModel) -> None:
-    """Undo `use_fast_s6`."""
+    """Undo `use_fast_s6`, for models that are wrapped afterwards: nnsight copies a forward's globals."""
     module = modeling_module(hf)
     original = getattr(getattr(module, "mamba_selective_scan", None), MARK, None)
     if original is not None:

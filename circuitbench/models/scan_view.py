@@ -48,7 +48,7 @@ class ScanRun:
     """One block's dealings with one run of the scan."""
 
     def __init__(self, address: str, envoy: Envoy, scan: Scan, recurrence: Any) -> None:
-        now = visit(envoy)
+        now = visit(envoy, address)
         self.address = address
         self.scan = scan
         self.recurrence = recurrence
@@ -381,7 +381,7 @@ def run_of(address: str, envoy: Envoy, scan: Scan, recurrence: Any) -> ScanRun:
     """The block's current run of this scan, or a new one at the visit it asks for next."""
     seen = notes(envoy.path)
     last = seen.get(("scan", envoy.path))
-    now = visit(envoy)
+    now = visit(envoy, address)
     if last is None or last[0] is not now:
         last = seen[("scan", envoy.path)] = (now, ScanRun(address, envoy, scan, recurrence))
     return last[1]

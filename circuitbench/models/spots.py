@@ -28,8 +28,13 @@ class Visit:
         self.decoding = decoding
 
 
-def visit(part: Envoy) -> Visit:
-    """The call of `part` that the block is at or asks for next; parks at the part's input the first time."""
+def visit(part: Envoy, address: str) -> Visit:
+    """The call of `part` that the block is at or asks for next; parks at the part's input the first time.
+
+    Args:
+        part: The part.
+        address: What is asked for, for errors.
+    """
     location = f"{part.path}.input"
     seen = notes(location)
     last, want = seen.get(location), wanted(location)
@@ -40,8 +45,8 @@ def visit(part: Envoy) -> Visit:
             return last
     if passed(location, want):
         raise BadInput(
-            f"{part.path} was already running when its first site was asked for; ask for its sites in forward order, "
-            "before anything later in the same block."
+            f"{address}: the model had moved past the beginning of its block when it was asked for; ask for sites in "
+            "forward order (operands and state edits, then y, gate, gated, out, then later layers)."
         )
     args, kwargs = read_whole(location)
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -150,7 +155,7 @@ class Spot:
         instrument(self.instrument)
         if not (self.trim or self.opens or sequence != step or "(b t" in self.raw):
             return sequence, None
-        now = visit(self.part)
+        now = visit(self.part, self.address)
         return (step if now.decoding else sequence), now
 
     def select(self, value: Any) -> Tensor:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from circuitbench.errors import BadInput
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
     from torch import Tensor
@@ -39,10 +41,10 @@ def match_shapes(**operands: tuple[Tensor | None, str]) -> dict[str, int]:
         found = dict(zip(words, tensor.shape, strict=False))
         if tensor.ndim != len(words) or any(sizes.get(word, size) != size for word, size in found.items()):
             known = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be ({known}).")
+            raise BadInput(f"{name} has shape {tuple(tensor.shape)}; it must be ({known}).")
         sizes.update(found)
     if sizes["t"] == 0:
-        raise ValueError("The sequence is empty; give at least one position.")
+        raise BadInput("The sequence is empty; give at least one position.")
     return sizes
 
 
@@ -50,7 +52,7 @@ def working_dtype(accumulate: torch.dtype | None, *tensors: Tensor | None) -> to
     """float32 for half and single precision, float64 for double; `accumulate` overrides."""
     if accumulate is not None:
         if accumulate not in (torch.float32, torch.float64):
-            raise ValueError(f"accumulate={accumulate} is not possible; use torch.float32 or torch.float64.")
+            raise BadInput(f"accumulate={accumulate} is not possible; use torch.float32 or torch.float64.")
         return accumulate
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -60,19 +62,19 @@ def start_state(initial_state: Tensor | None, shape: Sequence[int], like: Tensor
     if initial_state is None:
         return like.new_zeros(shape)
     if tuple(initial_state.shape) != tuple(shape):
-        raise ValueError(f"initial_state has shape {tuple(initial_state.shape)}; it must be {tuple(shape)}.")
+        raise BadInput(f"initial_state has shape {tuple(initial_state.shape)}; it must be {tuple(shape)}.")
     return initial_state.to(like)
 
 
 def check_edits(edits: Edits | None, length: int, when: str) -> dict[int, Tensor | Callable[[Tensor], Tensor]]:
     """Edits by position in increasing order, or one sentence on what is wrong with them."""
     if when not in ("before_read", "after_read"):
-        raise ValueError(f'when={when!r} is not possible; use "before_read" or "after_read".')
+        raise BadInput(f'when={when!r} is not possible; use "before_read" or "after_read".')
     checked = {}
     for position, edit in (edits or {}).items():
         t = operator.index(position)
         if not 0 <= t < length:
-            raise ValueError(f"An edit is asked at position {t}; the positions of this sequence are 0 to {length - 1}.")
+            raise BadInput(f"An edit is asked at position {t}; the positions of this sequence are 0 to {length - 1}.")
         checked[t] = edit
     return dict(sorted(checked.items()))
 
@@ -82,7 +84,7 @@ def apply_edit(edit: Tensor | Callable[[Tensor], Tensor], state: Tensor, positio
     edited = edit(state.clone()) if callable(edit) else edit
     if not isinstance(edited, torch.Tensor) or edited.shape != state.shape:
         got = tuple(edited.shape) if isinstance(edited, torch.Tensor) else type(edited).__name__
-        raise ValueError(f"The edit at position {position} gives {got}; the state is {tuple(state.shape)}.")
+        raise BadInput(f"The edit at position {position} gives {got}; the state is {tuple(state.shape)}.")
     return edited.to(state)
 
 
@@ -162,7 +164,7 @@ def memory_cuts(chunk: int | None, state: Tensor, length: int) -> range:
     if chunk is None:
         chunk = max(1, CHUNK_BYTES // (state.numel() * state.element_size()))
     if operator.index(chunk) < 1:
-        raise ValueError(f"chunk={chunk} is not possible; give how many positions to hand out at once, at least 1.")
+        raise BadInput(f"chunk={chunk} is not possible; give how many positions to hand out at once, at least 1.")
     return range(chunk, length, chunk)
 
 
@@ -178,7 +180,7 @@ def knockout_masks(
     masks = []
     for name, mask in (("sources", sources), ("destinations", destinations)):
         if mask.dtype != torch.bool or tuple(mask.shape) not in ((length,), (batch, length)):
-            raise ValueError(
+            raise BadInput(
                 f"{name} is {mask.dtype} of shape {tuple(mask.shape)}; it must be a boolean mask of shape "
                 f"({length},) or ({batch}, {length})."
             )
@@ -194,7 +196,7 @@ def index_list(indices: Sequence[int], name: str, size: int, device: torch.devic
     """Heads or channels as an index tensor, each checked to exist."""
     checked = [operator.index(i) for i in indices]
     if not checked or not all(0 <= i < size for i in checked):
-        raise ValueError(f"{name}={checked} is not possible; give one or more of 0 to {size - 1}.")
+        raise BadInput(f"{name}={checked} is not possible; give one or more of 0 to {size - 1}.")
     return torch.tensor(checked, device=device)
 
 

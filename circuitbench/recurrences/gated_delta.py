@@ -8,7 +8,7 @@ Operands carry the names of the sites: x are the values `(b, t, h, dv)`; B the k
 as they reach the recurrence (normalised and scaled if the model does so); g the log decay and beta, both `(b, t, h)`;
 state `(b, h, dk, dv)`. Everything is computed in float32 (float64 if an operand is, or with
 `accumulate=torch.float64`); y comes back in x's dtype, states in the dtype they were computed in. A shape that does not
-fit raises ValueError.
+fit raises BadInput.
 """
 
 from __future__ import annotations

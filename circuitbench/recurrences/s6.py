@@ -5,7 +5,7 @@ own decay for each of them.
 
 Shapes: x, dt `(b, t, d)` with dt after softplus; A `(d, n)`; B, C `(b, t, n)`; D `(d,)` or None; state `(b, d, n)`.
 Everything is computed in float32 (float64 if an operand is, or with `accumulate=torch.float64`); y comes back in x's
-dtype, states in the dtype they were computed in. A shape that does not fit raises ValueError.
+dtype, states in the dtype they were computed in. A shape that does not fit raises BadInput.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from circuitbench.errors import BadInput
 from circuitbench.recurrences._linear import (
     check_edits,
     index_list,
@@ -196,7 +197,7 @@ def mixing(
     """
     steps, A, _ = _prepare(x, dt, A, B, C, None, None, None, accumulate)
     if channels is None:
-        raise ValueError(f"S6 has one mixing matrix per channel; give channels=, one or more of 0 to {x.shape[2] - 1}.")
+        raise BadInput(f"S6 has one mixing matrix per channel; give channels=, one or more of 0 to {x.shape[2] - 1}.")
     chosen = index_list(channels, "channels", x.shape[2], x.device)
     dt = steps["dt"][:, :, chosen].transpose(1, 2)
     mixed = torch.zeros(())

@@ -6,7 +6,7 @@ decay for all of them, so that a run of positions is a few matrix products.
 Shapes: x `(b, t, h, p)`; dt `(b, t, h)` after softplus and clamp; A `(h,)`; B, C `(b, t, g, n)`, where head i uses
 group i // (h // g); D `(h,)`, `(h, p)` or None; state `(b, h, p, n)`. Everything is computed in float32 (float64 if an
 operand is, or with `accumulate=torch.float64`); y comes back in x's dtype, states in the dtype they were computed in. A
-shape that does not fit raises ValueError.
+shape that does not fit raises BadInput.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from circuitbench.errors import BadInput
 from circuitbench.recurrences._linear import (
     check_edits,
     knockout_masks,
@@ -261,7 +262,7 @@ def _prepare(x, dt, A, B, C, initial_state, write, decay, accumulate, D=None, na
         **{name: (initial_state, "b h p n")},
     )
     if size["h"] % size["g"]:
-        raise ValueError(f"x has {size['h']} heads and B {size['g']} groups; the groups must divide the heads evenly.")
+        raise BadInput(f"x has {size['h']} heads and B {size['g']} groups; the groups must divide the heads evenly.")
     dtype = working_dtype(accumulate, x, dt, A, B, C)
     steps = {"x": x, "dt": dt, "B": B, "C": C, "write": write, "decay": decay}
     steps = {key: value.to(dtype) for key, value in steps.items() if value is not None}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import circuitbench as cb
 from circuitbench.architectures import ARCHITECTURES
@@ -62,14 +63,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def load(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> cb.Model:
-    """A tiny model of one of the variants."""
+def plain(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A tiny model of one of the variants, as transformers makes it."""
     family, changes = VARIANTS.get(variant, (variant, {}))
     hf = random_model(ARCHITECTURES[family], **{**changes, **overrides})
     # transformers' grouped matrix product of the experts refuses float64, and odd widths in bfloat16.
     if getattr(hf.config, "_experts_implementation", None) is not None:
         hf.set_experts_implementation("eager")
-    return cb.load_model(hf, dtype=dtype)
+    return hf.to(dtype)
+
+
+def load(variant: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> cb.Model:
+    """The same model, ready to be traced."""
+    return cb.load_model(plain(variant, dtype, **overrides))
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import circuitbench as cb
 from circuitbench.models import kernels
+from circuitbench.models.prompts import encode
 from circuitbench.tracing import capture
-from circuitbench.tracing.prompts import encode
 from tests.architectures import reference
-from tests.architectures.cases import RECURRENT, S6, VARIANTS, load, prompts, relative
+from tests.architectures.cases import RECURRENT, S6, VARIANTS, load, plain, prompts, relative
 
 LENGTHS = (13, 5, 1)  # odd, across chunks of 8 and within one, and a single token; padded to 13
 
@@ -84,14 +84,16 @@ def test_in_bfloat16_y_and_the_state_stay_within_its_rounding(family: str) -> No
 
 
 @pytest.mark.parametrize("family", S6)
-def test_hugging_faces_own_s6_scan_gives_the_same_sites(family: str) -> None:
-    model = load(family)
-    kernels.use_own_s6(model.hf)
-    try:
-        worst = errors(model, prompts(*LENGTHS))
-    finally:
-        kernels.use_fast_s6(model.hf)
+def test_hugging_faces_own_s6_scan_gives_the_same_sites(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf, calls = plain(family), []
+    kernels.use_own_s6(hf)
+    code = kernels.modeling_module(hf)
+    own = code.mamba_selective_scan
+    monkeypatch.setattr(code, "mamba_selective_scan", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    monkeypatch.setattr(kernels, "use_fast_s6", lambda hf: None)
+    worst = errors(cb.load_model(hf), prompts(*LENGTHS))
     assert max(worst.values()) < 1e-5, worst
+    assert calls
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name.endswith(("dt-limits", "dt-floor"))])
