@@ -55,31 +55,34 @@ def patched(module: Any, **functions: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def scan_changed(hf: nn.Module, mixer: nn.Module, change: Change, when: str = "before_read") -> Iterator[None]:
-    """Run one mixer's scan as a plain loop over positions, with a change in it; all other mixers as they are."""
+def inside(hf: nn.Module, module: nn.Module, **functions: Callable[[Any], Any]) -> Iterator[None]:
+    """While `module` runs, wrap functions of the family's code: name -> (function -> function). hf was never traced."""
     code = sys.modules[type(hf).__module__]
-    here: dict[str, bool] = {"inside": False}
+    here = {"inside": False}
 
-    def swap(name: str, loop: Callable[..., Any]) -> dict[str, Any]:
-        original = getattr(code, name)
-        return {
-            name: lambda *args, **kwargs: (
-                loop(change, when, *args, **kwargs) if here["inside"] else original(*args, **kwargs)
-            )
-        }
+    def only_inside(original: Any, wrapped: Any) -> Any:
+        return lambda *args, **kwargs: (wrapped if here["inside"] else original)(*args, **kwargs)
 
-    functions: dict[str, Any] = {}
-    for name, loop in LOOPS.items():
-        if hasattr(code, name):
-            functions |= swap(name, loop)
-    enter = mixer.register_forward_pre_hook(lambda *_: here.update(inside=True))
-    leave = mixer.register_forward_hook(lambda *_: here.update(inside=False))
+    enter = module.register_forward_pre_hook(lambda *_: here.update(inside=True))
+    leave = module.register_forward_hook(lambda *_: here.update(inside=False))
+    found = {name: getattr(code, name) for name in functions if hasattr(code, name)}
     try:
-        with patched(code, **functions):
+        with patched(code, **{name: only_inside(f, functions[name](f)) for name, f in found.items()}):
             yield
     finally:
         enter.remove()
         leave.remove()
+
+
+def scan_changed(
+    hf: nn.Module, mixer: nn.Module, change: Change, when: str = "before_read"
+) -> contextlib.AbstractContextManager[None]:
+    """Run one mixer's scan as a plain loop over positions, with a change in it; all other mixers as they are."""
+    loops = {
+        name: lambda _, run=run: lambda *args, **kwargs: run(change, when, *args, **kwargs)
+        for name, run in LOOPS.items()
+    }
+    return inside(hf, mixer, **loops)
 
 
 def applied(change: Change, name: str, value: Tensor) -> Tensor:

@@ -1,0 +1,296 @@
+"""Every site outside the scan is the tensor its name says: read and written against torch's own hooks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import circuitbench as cb
+from circuitbench.tracing.addresses import read_site, write_site
+from tests.architectures.by_hand import hooked, inside
+from tests.architectures.cases import FAMILIES, load, plain, prompts, relative
+
+IDS = torch.tensor(prompts(9, 9))
+MODELS = [*FAMILIES, "granitemoehybrid-no-experts", "falcon_h1-no-norm", "zamba2-adapters", "zamba2-rope"]
+
+PARTS = {
+    "mamba": {"ssm": "mixer"},
+    "falcon_mamba": {"ssm": "mixer"},
+    "mamba2": {"ssm": "mixer"},
+    "jamba": {"ssm": "mamba", "attn": "self_attn", "mlp": "feed_forward"},
+    "falcon_h1": {"ssm": "mamba", "attn": "self_attn", "mlp": "feed_forward"},
+    "bamba": {"ssm": "mamba", "attn": "self_attn", "mlp": "feed_forward"},
+    "nemotron_h": {"ssm": "mixer", "attn": "mixer", "mlp": "mixer"},
+    "granitemoehybrid": {"ssm": "mamba", "attn": "self_attn", "mlp": "shared_mlp"},
+    "qwen3_next": {"ssm": "linear_attn", "attn": "self_attn", "mlp": "mlp"},
+    "gpt2": {"attn": "attn", "mlp": "mlp"},
+    "gpt_neox": {"attn": "attention", "mlp": "mlp"},
+}
+LAYERS = {"mamba": "backbone.layers", "falcon_mamba": "backbone.layers", "mamba2": "backbone.layers"} | {
+    "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
+}
+MERGE = {"gpt2": "c_proj", "gpt_neox": "dense"}  # what puts the heads together again
+DOWN = {"gpt2": "c_proj", "gpt_neox": "dense_4h_to_h", "granitemoehybrid": "output_linear"}
+ROUTER = {"jamba": "router", "nemotron_h": "gate", "qwen3_next": "gate", "granitemoehybrid": "router"}
+
+
+def family(model: Any) -> str:
+    return model.config.model_type
+
+
+def layer_of(hf: Any, index: int) -> nn.Module:
+    return hf.get_submodule(LAYERS.get(family(hf), "model.layers"))[index]
+
+
+def part_of(hf: Any, index: int, name: str) -> nn.Module:
+    """The module of a mixer, an attention or an MLP."""
+    layer = layer_of(hf, index)
+    if family(hf) == "zamba2":
+        hybrid = hasattr(layer, "shared_transformer")
+        paths = {"ssm": "mamba_decoder.mamba" if hybrid else "mamba"}
+        paths |= {"attn": "shared_transformer.self_attn", "mlp": "shared_transformer.feed_forward"}
+        return layer.get_submodule(paths[name])
+    return layer.get_submodule(PARTS.get(family(hf), {"attn": "self_attn", "mlp": "mlp"})[name])
+
+
+def multiplier(hf: Any, part: str) -> float:
+    """What a branch is multiplied by before it is added to the residual stream."""
+    config = hf.config
+    own = {"ssm": "ssm_out_multiplier", "attn": "attention_out_multiplier"}.get(part, "")
+    return getattr(config, own, 1.0) * getattr(config, "residual_multiplier", 1.0)
+
+
+def halved(value: Tensor) -> Tensor:
+    """Half of the last axis at a few positions, halved."""
+    value = value.clone()
+    value[:, 2:5, ..., : value.shape[-1] // 2] *= 0.5
+    return value
+
+
+def by_heads(change: Callable[[Tensor], Tensor], heads: int) -> Callable[[Tensor], Tensor]:
+    """The change on `(b, t, heads, head_dim)`, for a tensor with merged heads."""
+    return lambda value: change(value.unflatten(-1, (heads, -1))).flatten(2)
+
+
+def third(change: Callable[[Tensor], Tensor], which: int, heads: int, inner: bool) -> Callable[[Tensor], Tensor]:
+    """The change on q, k or v of a fused projection: `[q | k | v]`, or `[q | k | v]` within each head."""
+
+    def changed(value: Tensor) -> Tensor:
+        parts = list(value.unflatten(-1, (heads, 3, -1)).unbind(-2) if inner else value.chunk(3, -1))
+        whole = change(parts[which] if inner else parts[which].unflatten(-1, (heads, -1)))
+        parts[which] = whole if inner else whole.flatten(2)
+        return torch.stack(parts, -2).flatten(2) if inner else torch.cat(parts, -1)
+
+    return changed
+
+
+def softmax_by_hand(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """Eager attention with a change of its pattern, whose axis of queries is the third."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **more: Any
+    ) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if more.get("softcap") is not None:
+            scores = torch.tanh(scores / more["softcap"]) * more["softcap"]
+        pattern = change((scores if mask is None else scores + mask).softmax(-1).transpose(1, 2)).transpose(1, 2)
+        return (pattern @ value).transpose(1, 2).contiguous(), pattern
+
+    return lambda original: attention
+
+
+def by_hand(hf: Any, index: int, name: str) -> contextlib.AbstractContextManager[None] | None:
+    """The change `halved` of a site, without the package; ``None`` where another test covers the site."""
+    part, _, site = name.rpartition(".")
+    config, kind = hf.config, family(hf)
+    heads = getattr(config, "num_attention_heads", 0)
+    layer = layer_of(hf, index)
+    if name in ("resid_pre", "resid_post"):
+        return hooked(layer, halved, "input" if name == "resid_pre" else "output")
+    if part in ("", "moe"):
+        return None
+    module = part_of(hf, index, part)
+    if name == "ssm.in_proj":
+        return hooked(module.in_proj_qkvz if kind == "qwen3_next" else module.in_proj, halved, "output")
+    if name == "ssm.gated":
+        return hooked(module.out_proj, halved, "input")
+    if name == "ssm.conv":
+        return inside(hf, module, causal_conv1d_fn=lambda f: lambda *a, **k: halved(f(*a, **k).mT).mT)
+    if name == "attn.z":
+        return hooked(module.get_submodule(MERGE.get(kind, "o_proj")), by_heads(halved, heads), "input")
+    if name == "attn.pattern":
+        return inside(hf, module, eager_attention_forward=softmax_by_hand(halved))
+    if name == "mlp.in":
+        return hooked(module, halved, "input")
+    if name == "mlp.hidden":
+        return hooked(module.get_submodule(DOWN.get(kind, "down_proj")), halved, "input")
+    if name in ("attn.q", "attn.k", "attn.v"):
+        which = "qkv".index(site)
+        if kind in ("gpt2", "gpt_neox"):
+            fused = module.c_attn if kind == "gpt2" else module.query_key_value
+            return hooked(fused, third(halved, which, heads, kind == "gpt_neox"), "output")
+        projection = module.get_submodule(f"{site}_proj")
+        if kind == "qwen3_next" and site == "q":  # [q | gate] in every head
+            split = lambda v: torch.cat([halved(v.chunk(2, -1)[0]), v.chunk(2, -1)[1]], -1)  # noqa: E731
+            return hooked(projection, by_heads(split, heads), "output")
+        if getattr(config, "use_shared_attention_adapter", False):
+            return None
+        return hooked(projection, by_heads(halved, heads if site == "q" else config.num_key_value_heads), "output")
+    return None
+
+
+def branch(hf: Any, index: int, part: str) -> contextlib.AbstractContextManager[None] | None:
+    """`halved` of what a branch adds to the residual stream."""
+    factor = multiplier(hf, part)
+    layer = layer_of(hf, index)
+    if family(hf).startswith("gemma"):
+        norm = layer.post_attention_layernorm if part == "attn" else layer.post_feedforward_layernorm
+        return hooked(norm, halved, "output")
+    if family(hf) == "granitemoehybrid" and part == "mlp" and layer.has_experts:
+        return None  # the sum of two modules' outputs; see the test of the residual stream
+    return hooked(part_of(hf, index, part), lambda value: halved(value * factor) / factor, "output")
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def models(request: pytest.FixtureRequest) -> tuple[cb.Model, Any]:
+    return load(request.param), plain(request.param)
+
+
+def written(model: cb.Model, address: str, change: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.no_grad():
+        with model.trace(IDS):
+            write_site(model, address, change(read_site(model, address)))
+            logits = model.logits.save()
+    return logits
+
+
+def along_queries(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda pattern: change(pattern.transpose(1, 2)).transpose(1, 2)
+
+
+def test_writing_a_site_is_changing_that_tensor_of_the_model(models: tuple[cb.Model, Any]) -> None:
+    model, hf = models
+    base = hf(IDS).logits.detach()
+    checked = set()
+    for layer in model.layers:
+        for name in layer.sites:
+            part, _, site = name.rpartition(".")
+            if (layer.kind, name) in checked or site in ("state", "mixing"):
+                continue
+            change = branch(hf, layer.index, part) if site == "out" else by_hand(hf, layer.index, name)
+            if change is None:
+                continue
+            with torch.no_grad(), change:
+                expected = hf(IDS).logits
+            got = written(model, f"layers.{layer.index}.{name}", along_queries(halved) if site == "pattern" else halved)
+            assert relative(got, expected) < 1e-5, (layer.index, name)
+            assert relative(expected, base) > 1e-5, (layer.index, name)
+            checked.add((layer.kind, name))
+    assert len(checked) >= 6
+
+
+def test_the_ends_of_the_model_are_where_they_should_be(models: tuple[cb.Model, Any]) -> None:
+    model, hf = models
+    start = hf.get_input_embeddings() if family(hf) == "zamba2" else layer_of(hf, 0)
+    with torch.no_grad(), hooked(start, halved, "output" if family(hf) == "zamba2" else "input"):
+        expected = hf(IDS).logits
+    assert relative(written(model, "embed", halved), expected) < 1e-5
+    assert torch.equal(written(model, "logits", halved), halved(hf(IDS).logits.detach()))
+
+
+def test_the_residual_stream_is_the_sum_of_its_branches(models: tuple[cb.Model, Any]) -> None:
+    """What is read is what is added, multipliers and norms included; a changed branch is what is added instead."""
+    model, hf = models
+    if family(hf) == "zamba2":  # its shared block feeds the mixer
+        return
+    for layer in model.layers:
+        outs = [name for name in layer.sites if name.endswith(".out")]
+        for changed in ("", *outs):
+            with torch.no_grad():
+                with model.trace(IDS):
+                    found = {}.save()
+                    for name in layer.sites:
+                        address = f"layers.{layer.index}.{name}"
+                        if name in outs or name.startswith("resid"):
+                            found[name] = read_site(model, address).clone()
+                        if name == changed:
+                            found[name] = halved(found[name])
+                            write_site(model, address, found[name])
+            total = found["resid_pre"] + sum(found[name] for name in outs)
+            assert relative(total, found["resid_post"]) < 1e-6, (layer.index, changed)
+            if "resid_mid" in found:
+                late = [name for name in outs if name.startswith("mlp")]
+                assert relative(found["resid_mid"] + sum(found[n] for n in late), found["resid_post"]) < 1e-6
+
+
+def test_writing_between_the_halves_of_a_layer_adds_to_both(models: tuple[cb.Model, Any]) -> None:
+    """resid_mid is read by a norm and added later: adding there is adding to the branch before."""
+    model, hf = models
+    shift = torch.linspace(-1, 1, hf.config.hidden_size)
+    for layer in model.layers:
+        if "resid_mid" not in layer.sites:
+            continue
+        part = "ssm" if "ssm.out" in layer.sites else "attn"
+        if family(hf).startswith("gemma"):
+            module, factor = layer_of(hf, layer.index).post_attention_layernorm, 1.0
+        else:
+            module, factor = part_of(hf, layer.index, part), multiplier(hf, part)
+        with torch.no_grad(), hooked(module, lambda value, by=shift / factor: value + by, "output"):
+            expected = hf(IDS).logits
+        assert relative(written(model, f"layers.{layer.index}.resid_mid", lambda v: v + shift), expected) < 1e-5
+
+
+def test_a_pattern_weighs_the_values(models: tuple[cb.Model, Any]) -> None:
+    model, _ = models
+    for layer in model.layers:
+        if "attn.pattern" not in layer.sites:
+            continue
+        with torch.no_grad():
+            with model.trace(IDS):
+                v = layer.attn.v.save()
+                pattern = layer.attn.pattern.save()
+                z = layer.attn.z.save()
+        torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]))
+        assert (pattern.triu(1) == 0).all()
+        v = v.repeat_interleave(pattern.shape[1] // v.shape[2], 2)
+        mixed = torch.einsum("bhts,bshp->bthp", pattern, v)
+        if model.architecture == "qwen3_next":  # its output gate comes between
+            assert relative(z, mixed) > 1e-2
+            assert ((z / mixed) > 0).float().mean() > 0.99
+        else:
+            assert relative(z, mixed) < 1e-5
+
+
+@pytest.mark.parametrize("variant", ROUTER)
+def test_the_router_reads_the_mlps_input_and_chooses_the_experts(variant: str) -> None:
+    model, hf = load(variant), plain(variant)
+    layer = next(layer for layer in model.layers if "moe.router" in layer.sites)
+    paths = {
+        "jamba": "feed_forward",
+        "nemotron_h": "mixer",
+        "qwen3_next": "mlp",
+        "granitemoehybrid": "block_sparse_moe",
+    }
+    router = layer_of(hf, layer.index).get_submodule(f"{paths[variant]}.{ROUTER[variant]}")
+    norms = {"jamba": "pre_ff_layernorm", "nemotron_h": "norm"}
+    seen: list[Tensor] = []
+    norm = layer_of(hf, layer.index).get_submodule(norms.get(variant, "post_attention_layernorm"))
+    with torch.no_grad(), hooked(norm, lambda value: seen.append(value) or value, "output"):
+        hf(IDS)
+    with torch.no_grad():
+        with model.trace(IDS):
+            scores = read_site(model, f"layers.{layer.index}.moe.router").save()
+    assert relative(scores, F.linear(seen[0], router.weight.detach())) < 1e-5
+    got = written(model, f"layers.{layer.index}.moe.router", lambda value: value * -1)
+    with torch.no_grad():
+        router.weight.mul_(-1)
+        assert relative(got, hf(IDS).logits) < 1e-5
