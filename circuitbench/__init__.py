@@ -9,6 +9,8 @@ nnsight.register("circuitbench")
 
 from .architectures import Architecture, Part, Site  # noqa: E402
 from .architectures import register as register_architecture  # noqa: E402
+from .circuits import ablation_effects, logit_diff, patch_effects, prob  # noqa: E402
+from .dictionaries import evaluate, train_sae  # noqa: E402
 from .errors import (  # noqa: E402
     BadInput,
     CheckFailed,
@@ -64,12 +66,18 @@ __all__ = [
     "UnsupportedModel",
     "VersionMismatch",
     "ablate",
+    "ablation_effects",
     "capture",
+    "evaluate",
     "generate_text",
     "hold",
     "intervene",
     "load_model",
+    "logit_diff",
+    "patch_effects",
+    "prob",
     "register_architecture",
     "resume",
     "steer",
+    "train_sae",
 ]

@@ -5,20 +5,27 @@ from __future__ import annotations
 from circuitbench.dictionaries import evaluation, features, losses
 from circuitbench.dictionaries.base import Dictionary, build, from_weights
 from circuitbench.dictionaries.files import load_dictionary
+from circuitbench.dictionaries.on_model import Evaluation, Windows, evaluate, feature_examples, train_on_text, train_sae
 from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.dictionaries.topk import TopK
 from circuitbench.dictionaries.training import TrainResult, train
 
 __all__ = [
     "Dictionary",
+    "Evaluation",
     "SparseCode",
     "TopK",
     "TrainResult",
+    "Windows",
     "build",
+    "evaluate",
     "evaluation",
+    "feature_examples",
     "features",
     "from_weights",
     "load_dictionary",
     "losses",
     "train",
+    "train_on_text",
+    "train_sae",
 ]
