@@ -80,11 +80,13 @@ class Scan:
         sequence: nnsight's name of the operation that runs a whole sequence.
         step: nnsight's name of the operation that runs one token from a cached state.
         heads: The operand whose axis 2 counts heads, or ``None`` where channels take their place (S6).
+        write_follows_state: Whether what a step adds depends on the state before it.
     """
 
     recurrence = ""
     sequence = ""
     step = ""
+    write_follows_state = False
     operand_names: tuple[str, ...] = ()
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:
@@ -221,6 +223,7 @@ class GatedDeltaScan(Scan):
     recurrence = "gated_delta"
     sequence = "torch_chunk_gated_delta_rule_0"
     step = "torch_recurrent_gated_delta_rule_0"
+    write_follows_state = True
     operand_names = ("x", "B", "C", "g", "beta")
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:

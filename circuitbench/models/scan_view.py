@@ -100,8 +100,15 @@ class ScanRun:
         if name == "decay":
             return self.recurrence.decay_of(**self.current_operands())
         if name == "write":
-            return self.recurrence.write_of(**self.current_operands(), **self.starting())
+            return self.own_write()
         return self.operands[name]
+
+    def own_write(self) -> Tensor:
+        """What each step adds to the state by the model's own rule."""
+        operands = {**self.current_operands(), **self.starting()}
+        if self.scan.write_follows_state and ("decay" in self.given or "decay" in self.held):
+            operands["decay"] = self.current("decay")
+        return self.recurrence.write_of(**operands)
 
     def current_operands(self) -> dict[str, Tensor]:
         """All operands as they now stand."""
@@ -114,6 +121,7 @@ class ScanRun:
     def take(self, name: str) -> Tensor:
         """Hand out an operand: a tensor of the block's own, whose edits are replayed."""
         if name not in self.held and name not in self.given:
+            self.check_order(name)
             value = self.current(name)
             value = value.clone() if name in self.operands else value
             self.held[name] = (value, version_of(value))
@@ -122,6 +130,7 @@ class ScanRun:
 
     def give(self, name: str, value: Tensor) -> None:
         """Replace an operand."""
+        self.check_order(name)
         now = self.current(name)
         value = matching(value, now, f"{self.address}.{name}")
         if same(value, now):
@@ -130,6 +139,11 @@ class ScanRun:
             raise self.too_late(f"{name} was written")
         self.given[name] = value
         self.settle_later(f"{name} was written")
+
+    def check_order(self, name: str) -> None:
+        """What a step writes is read before the state is edited, where it depends on the state."""
+        if name == "write" and self.edits and self.scan.write_follows_state:
+            raise BadInput(f"{self.address}.write depends on the state; read and write it before you edit the state.")
 
     def changed(self, names: tuple[str, ...]) -> bool:
         """Whether the block changed any of these, by assignment or in place; the same values again are no change."""

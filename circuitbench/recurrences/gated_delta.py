@@ -64,7 +64,8 @@ def forward(
         edits: position -> new state, or function from S_t to it.
         when: "before_read": y_t and all later positions follow the edit; "after_read": y_t keeps the unedited read.
         write: at each (batch, position, head) where it differs from `write_of`, exactly this is added to the decayed
-            state; where it is equal, the model's own rule stands (and no gradient reaches `write`, as it is not used).
+            state; where it is equal, the model's own rule stands. A gradient with respect to `write` is that of one
+            position's write, later ones following the rule.
         decay: replaces exp(g).
         accumulate: torch.float64 runs the recurrence in double precision.
 
@@ -75,8 +76,8 @@ def forward(
     checked = check_edits(edits, x.shape[1], when)
 
     def scan(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor]:
-        if "forced" in run and run["forced"].any():
-            S = _forced_step(run, S)
+        if _given(run):
+            S = _given_step(run, S)
             return read(run, S), S
         _, y, S = _chunked(run, S)
         return y, S
@@ -278,11 +279,14 @@ def _prepare(x, B, C, g, beta, initial_state, write, decay, accumulate, D=None, 
     state = start_state(initial_state, [size[axis] for axis in ("b", "h", "dk", "dv")], steps["x"])
     if write is None:
         return steps, state, []
-    with torch.no_grad():
+    tracked = torch.is_grad_enabled() and write.requires_grad
+    with torch.set_grad_enabled(tracked):
         own = write_of(x, B, C, g, beta, initial_state, decay=decay, accumulate=accumulate).to(write.dtype)
-        forced = (write != own).flatten(3).any(-1)
-    positions = forced.any(2).any(0).nonzero().flatten().tolist()
+    forced = (write != own).flatten(3).any(-1)
+    positions = range(size["t"]) if tracked else forced.any(2).any(0).nonzero().flatten().tolist()
     steps.update(write=write.to(dtype), forced=forced)
+    if tracked:  # zero wherever it is used: it carries the gradient of `write`, and takes out what x would get twice
+        steps["shift"] = (write - own).to(dtype)
     return steps, state, [cut for t in positions for cut in (t, t + 1)]
 
 
@@ -290,16 +294,23 @@ def _decay(run: dict[str, Tensor]) -> Tensor:
     return run["decay"] if "decay" in run else run["g"].exp()
 
 
-def _forced_step(run: dict[str, Tensor], S: Tensor) -> Tensor:
+def _given(run: dict[str, Tensor]) -> bool:
+    """Whether the given write matters in this run, which is then one position long."""
+    return "shift" in run or ("forced" in run and bool(run["forced"].any()))
+
+
+def _given_step(run: dict[str, Tensor], S: Tensor) -> Tensor:
     """One position where some rows add the given write, and the others what the model's own rule says."""
     _, _, own = _chunked(run, S)
+    if "shift" in run:
+        own = own + run["shift"][:, 0]
     given = _decay(run)[:, 0, :, None, None] * S + run["write"][:, 0]
     return torch.where(run["forced"][:, 0, :, None, None], given, own)
 
 
 def _states(run: dict[str, Tensor], S: Tensor) -> Tensor:
-    if "forced" in run and run["forced"].any():
-        return _forced_step(run, S)[:, None]
+    if _given(run):
+        return _given_step(run, S)[:, None]
     errors, _, _ = _chunked(run, S)
     return linear_states(_decay(run)[..., None, None], run["B"][..., None] * errors[..., None, :], S)
 
@@ -319,27 +330,27 @@ def _equal_chunks(run: dict[str, Tensor], S: Tensor) -> tuple[list[Tensor], list
 
     Within a chunk that starts from S, with P_i the decay since its start and K_ij that from j to i,
     e_i + Σ_{j<i} beta_i·K_ij·(k_i·k_j)·e_j = beta_i·(x_i − P_i·Sᵀk_i): one triangular system for all positions, whose
-    solution for x and for k does not depend on S. Only the last step runs from chunk to chunk.
+    inverse does not depend on S. So only three products run from chunk to chunk.
     """
     cut = (-1, min(CHUNK, run["x"].shape[1]))
-    x, k, q, beta, log = (run[name].unflatten(1, cut).transpose(2, 3) for name in ("x", "B", "C", "beta", "g"))
+    x, k, q, beta, log = (
+        run[name].unflatten(1, cut).transpose(2, 3).contiguous() for name in ("x", "B", "C", "beta", "g")
+    )
     if "decay" in run:
         first = run["decay"].unflatten(1, cut).transpose(2, 3)
         kept = survival(first)
     else:
         first, kept = log.exp(), survival_from_log(log)
     since_start = (kept[..., 0] * first[..., :1])[..., None]
-    k_beta = k * beta[..., None]
-    targets = torch.cat((x * beta[..., None], k_beta * since_start), -1)
-    solved = torch.linalg.solve_triangular((k_beta @ k.mT) * kept, targets, upper=False, unitriangular=True)
-    from_x, from_state = solved.split((x.shape[-1], k.shape[-1]), -1)
+    system = (k * beta[..., None] @ k.mT) * kept
+    solve = torch.linalg.solve_triangular(system, torch.diag_embed(beta), upper=False, unitriangular=True)
     scores = (q @ k.mT) * kept
     k_to_end = k * kept[..., -1, :, None]
-    parts = (from_x, from_state, scores, q * since_start, k_to_end, since_start[..., -1:, :])
+    parts = (x, k * since_start, q * since_start, k_to_end, solve, scores, since_start[..., -1:, :])
     errors, outputs = [], []
-    for new, seen, score, query, key, survives in zip(*(part.unbind(1) for part in parts), strict=True):
-        e = new - seen @ S
+    for value, key, query, key_to_end, to_error, score, survives in zip(*(v.unbind(1) for v in parts), strict=True):
+        e = to_error @ (value - key @ S)
         errors.append(e.transpose(1, 2))
         outputs.append((query @ S + score @ e).transpose(1, 2))
-        S = survives * S + key.mT @ e
+        S = survives * S + key_to_end.mT @ e
     return errors, outputs, S

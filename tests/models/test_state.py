@@ -157,6 +157,22 @@ def test_a_state_edit_fits_the_scan(pair: Pair) -> None:
         pair.logits(lambda: [pair.ssm.y, setattr(pair.ssm, "x", halved(pair.ssm.x))])
 
 
+def test_what_the_delta_rule_writes_is_asked_for_before_the_state_is_edited() -> None:
+    pair = Pair("qwen3_next")
+    with pytest.raises(cb.BadInput, match=r"layers.0.ssm.write depends on the state; .* before you edit"):
+        pair.logits(lambda: [pair.ssm.edit_state({3: moved}), pair.ssm.write])
+
+    def block() -> None:
+        pair.ssm.write[:, 2] = 0
+        pair.ssm.edit_state({3: moved})
+
+    change: Change = {
+        "write": lambda t, write: write * 0 if t == 2 else write,
+        "state": lambda t, state: moved(state) if t == 3 else state,
+    }
+    assert_as_good(pair.logits(block), *pair.by_hand(change))
+
+
 # Editing the cache ----------------------------------------------------------------------------------------------------
 
 
