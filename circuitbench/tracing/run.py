@@ -70,12 +70,34 @@ class Result:
 
 @overload
 def capture(
-    model: Model, prompts: Prompts, sites: str | Sequence[str], *, blocking: Literal[False], **settings: Any
+    model: Model,
+    prompts: Prompts,
+    sites: str | Sequence[str],
+    *,
+    positions: Positions = None,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    out: str | Path | None = None,
+    remote: bool | str = False,
+    blocking: Literal[False],
+    progress: bool = False,
 ) -> Pending[Activations]: ...
 
 
 @overload
-def capture(model: Model, prompts: Prompts, sites: str | Sequence[str], **settings: Any) -> Activations: ...
+def capture(
+    model: Model,
+    prompts: Prompts,
+    sites: str | Sequence[str],
+    *,
+    positions: Positions = None,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    out: str | Path | None = None,
+    remote: bool | str = False,
+    blocking: Literal[True] = True,
+    progress: bool = False,
+) -> Activations: ...
 
 
 def capture(

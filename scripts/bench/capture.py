@@ -94,7 +94,7 @@ def peak() -> float:
 
 
 def state_memory(positions: int) -> None:
-    """Reading h_t of one layer at every position, in chunks; in a process of its own, so that the mark means something."""
+    """Reading h_t of one layer at every position, in chunks; in a process of its own, so that the mark counts."""
     model = build("mamba2", 768, layers=2)
     ids = torch.randint(1024, (1, positions))
     with torch.no_grad():
@@ -111,8 +111,8 @@ def state_memory(positions: int) -> None:
             norms = torch.cat(norms, 1).save()
     whole = positions * 24 * 64 * 128 * 4 / 2**20
     print(
-        f"ssm.state of one layer, {positions} positions of 24 x 64 x 128, in chunks: peak {peak() - before:.0f} MB above the "
-        f"model's own run (all states together: {whole:.0f} MB); {norms.shape[1]} positions read"
+        f"ssm.state of one layer, {positions} positions of 24 x 64 x 128, in chunks: peak {peak() - before:.0f} MB "
+        f"above the model's own run (all states together: {whole:.0f} MB); {norms.shape[1]} positions read"
     )
 
 
