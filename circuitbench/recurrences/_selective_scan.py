@@ -100,7 +100,7 @@ class _SelectiveScan(torch.autograd.Function):
             from_y = grad_y[rows, :, columns].transpose(0, 1)[:, :, None]
             to_x, to_dt = (g[rows, :, columns].transpose(0, 1) for g in (grad_x, grad_dt))
             to_B, to_C = (g[rows].transpose(0, 1) for g in (grad_B, grad_C))
-            later = grad_final[rows, columns].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+            later = grad_final[rows, columns].transpose(1, 2)
             for start in range((length - 1) // CHUNK * CHUNK, -1, -CHUNK):
                 span = slice(start, start + CHUNK)
                 before = ctx.kept[start // CHUNK, rows, :, columns] if ctx.needs_states else None

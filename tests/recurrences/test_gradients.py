@@ -133,3 +133,27 @@ def test_cost_is_linear_in_length(name, edited) -> None:
             y.sum().backward()
         costs.append(written.count)
     assert costs[1] < 4.5 * costs[0]
+
+
+@each_recurrence
+def test_the_gradient_of_the_models_own_write_is_the_adjoint_of_the_state(name) -> None:
+    # What one position adds, later ones following the recurrence: also for the rule that answers to the state.
+    layer = case(name).to(torch.float64)
+    options = {"initial_state": layer.initial_state}
+    write = layer.module.write_of(**layer.operands, **options).requires_grad_()
+    y, _ = layer.module.forward(**layer.operands, **options, write=write)
+    weights = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, write, weights)
+    close(grad, layer.module.adjoint(**layer.operands, grad_y=weights), 1e-12)
+
+
+@each_recurrence
+def test_a_write_made_from_the_operands_hands_its_gradient_on_to_them(name) -> None:
+    layer = case(name).to(torch.float64)
+    inputs = [v.requires_grad_() for v in layer.operands.values()]
+    plain, _ = layer.module.forward(**layer.operands)
+    y, _ = layer.module.forward(**layer.operands, write=layer.module.write_of(**layer.operands))
+    weights = torch.randn_like(y)
+    expected = torch.autograd.grad(plain, inputs, weights)
+    for grad, right in zip(torch.autograd.grad(y, inputs, weights), expected, strict=True):
+        close(grad, right, 1e-12)
