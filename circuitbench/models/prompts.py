@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -95,7 +96,7 @@ def token_index(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 
 def takes_position_ids(model: Model) -> bool:
     """Whether positions enter the model other than by the order of its tokens."""
-    return any(layer.kind in ("attention", "hybrid") for layer in model.layers)
+    return "position_ids" in inspect.signature(type(model.hf).forward).parameters
 
 
 def encode(model: Model, prompts: Prompts) -> Batch:
