@@ -1,6 +1,6 @@
 """The recurrences against Hugging Face's torch code, on one thread: time, gradients and memory.
 
-    python scripts/bench/scan.py          # the sizes of the table in docs; Hugging Face's S6 backward takes minutes
+    python scripts/bench/scan.py          # one of Hugging Face's S6 backward passes takes minutes
     python scripts/bench/scan.py --fast   # S6 forward + backward on 64 positions instead of 512
 
 Times are CPU-seconds, medians of interleaved runs. The floor of a scan is what its arithmetic alone takes at the speed
