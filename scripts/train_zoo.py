@@ -249,6 +249,9 @@ def save(model, tokenizer, folder: pathlib.Path, record: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    tokens = folder / "tokenizer.json"
+    compact = json.dumps(json.loads(tokens.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
+    tokens.write_text(compact, "utf-8")  # saved indented, it is mostly spaces
     (folder / "zoo.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
