@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
 from nnsight import TransformersModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -161,7 +162,7 @@ def from_name(
             hf.name_or_path = name
         else:
             hf = AutoModelForCausalLM.from_pretrained(name, revision=revision, **settings)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise BadInput(
             f"Could not load {name!r}: it is no local folder, and the Hub did not provide it "
             f"({type(error).__name__}). Give a folder that holds config.json, a Hub id while there is a network, "

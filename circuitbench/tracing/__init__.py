@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..models.jobs import Pending
 from .addresses import resolve
+from .check import check
 from .generation import generate_text
 from .hold import ablate, hold, steer
 from .interventions import Ablate, Add, Intervention, Knockout, Scale, Set
@@ -21,6 +22,7 @@ __all__ = [
     "Set",
     "ablate",
     "capture",
+    "check",
     "generate_text",
     "hold",
     "intervene",

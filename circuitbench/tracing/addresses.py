@@ -110,6 +110,12 @@ def owner_of(model: Model, address: str) -> tuple[Any, str]:
     return (getattr(layer, part) if part else layer), site or name
 
 
+def shapes_by_address(model: Model) -> dict[str, tuple[str, ...]]:
+    """The shape of every site, sizes where they are known, axis names elsewhere; in forward order."""
+    layers = {f"layers.{layer.index}.{name}": shape for layer in model.layers for name, shape in layer.shapes.items()}
+    return {"embed": model._shapes["embed"], **layers, "logits": model._shapes["logits"]}
+
+
 def axes_by_address(model: Model, address: str) -> list[str]:
     """Axis names of a site."""
     if not address.startswith("layers."):

@@ -1,0 +1,1 @@
+"""What `circuitbench.check` verifies, by kind: the map's words, single sites, scans, residual sums."""
