@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
@@ -24,12 +24,13 @@ def id_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     text = config.get_text_config()
     backend = Tokenizer(WordLevel({str(index): index for index in range(text.vocab_size)}))
     backend.pre_tokenizer = WhitespaceSplit()
+    # A special token is cut out of the text first, so that without `single_word` a "2" would split "24" in two.
     special = {
-        f"{name}_token": str(index)
+        f"{name}_token": AddedToken(str(index), single_word=True, normalized=False, special=True)
         for name in ("bos", "eos", "pad")
         if isinstance(index := getattr(text, f"{name}_token_id", None), int) and 0 <= index < text.vocab_size
     }
-    special.setdefault("eos_token", "0")
+    special.setdefault("eos_token", AddedToken("0", single_word=True, normalized=False, special=True))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.name_or_path = NAME
     return tokenizer
