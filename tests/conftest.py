@@ -28,7 +28,7 @@ pytest_plugins = ["tests.ndif.plugin"]
 
 CONFIG.APP.DEBUG = False  # `pytest -v` has turned it on: nnsight reads "-v" in sys.argv as its own
 CONFIG.APP.REMOTE_LOGGING = False
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # these models are small: a second thread makes them slower
 typechecking.fit_to_nnsight()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import BadInput
-from .events import notes, own_rows, read_whole, waiting, wanted, write_back, write_whole
+from .events import notes, own_rows, read_whole, seal, waiting, wanted, write_back, write_whole
 from .spots import edited, instrument, matching, splice, version_of
 
 if TYPE_CHECKING:
@@ -43,12 +43,13 @@ class Pattern:
             return held[1]
         values = self.values(before, after, occurrence)
         weights = self.weights(read_whole(after))
-        rows = own_rows(after)
+        rows = own_rows(after, len(weights))
         tracked = torch.is_grad_enabled() and weights.requires_grad
         view = weights[rows].clone()
         version = version_of(view)
 
-        def finish() -> None:
+        def finish():
+            seal(view, self.address)
             changed = edited(view, version) and not torch.equal(view, weights[rows])
             if changed or tracked:
                 self.put(after, view, values, rows, keep=not changed)
@@ -60,7 +61,8 @@ class Pattern:
         """Replace the pattern: each head's output becomes `value` times the values it attends to."""
         before, after = self.places()
         values = self.values(before, after, wanted(after))
-        weights, rows = self.weights(read_whole(after)), own_rows(after)
+        weights = self.weights(read_whole(after))
+        rows = own_rows(after, len(weights))
         value = matching(value, weights[rows], self.address)
         if not torch.equal(value, weights[rows]) or (torch.is_grad_enabled() and value.requires_grad):
             self.put(after, value, values, rows, keep=False)
@@ -76,8 +78,8 @@ class Pattern:
         """The weights in the operation's output."""
         if output[1] is None:
             raise BadInput(
-                f"{self.address} needs eager attention, which returns its weights; load with "
-                'load_model(...), which sets it, or call model.hf.set_attn_implementation("eager") first.'
+                f"{self.address} needs eager attention, which returns its weights: call "
+                'model.hf.set_attn_implementation("eager") (on a server, it has to be loaded that way).'
             )
         return output[1]
 

@@ -19,14 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 from nnsight.intervention.envoy import Mediator
 
+from ..errors import BadInput
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import Tensor
+
+LATEST = 1024  # tensors whose late edits are noticed
+
 
 class WriteBack:
-    """What nnsight calls back before the worker moves on (it asks for ``fn``, ``location`` and ``occurrence``)."""
+    """What is called before the block moves on, in the place of nnsight's own; `key` is what nnsight tells views by."""
 
-    def __init__(self, fn: Callable[[], Any], location: str, occurrence: int) -> None:
+    def __init__(self, fn: Callable[[], None], location: str, occurrence: int) -> None:
         self.fn = fn
         self.location = location
         self.occurrence = occurrence
@@ -37,12 +43,81 @@ class WriteBack:
 def worker(location: str) -> Any:
     """The running block's worker; outside of a trace there is none, and nothing to read."""
     try:
-        return Mediator.current(location)
+        mediator = Mediator.current(location)
     except ValueError:
         raise ValueError(
             f"{location} can only be read or written while the model runs: inside `with model.trace(prompt):` "
             "or `with model.generate(prompt):`."
         ) from None
+    mediator.flush = flush  # nnsight calls it before anything that the block asks for, and at its end
+    return mediator
+
+
+def flush() -> None:
+    """Let a waiting write-back through, before the block moves on.
+
+    Ours parks at its location as often as it has to, or not at all, and swaps in by itself. nnsight's `flush` looks up
+    who to hand its swap to before it calls the write-back; were that to park, another block (one that has released this
+    one from a barrier) could be handed the swap instead of the model.
+    """
+    mediator = Mediator.current("a write-back")
+    waiting = mediator.transform
+    if waiting is not None and not isinstance(waiting, WriteBack):
+        Mediator.flush(mediator)
+    elif waiting is not None:
+        mediator.transform = None
+        pinned, mediator.iteration = mediator.iteration, waiting.occurrence
+        try:
+            waiting.fn()
+        finally:
+            mediator.iteration = pinned  # what ``tracer.iter`` has pinned is for what comes next
+    check_sealed(mediator)
+
+
+def handed_out(run: Any) -> list:
+    """What views have handed out in this run: [block's worker, tensor, address, version once the block has moved on]."""
+    if not hasattr(run, "circuitbench_handed_out"):
+        run.circuitbench_handed_out = []
+    return run.circuitbench_handed_out
+
+
+def hand_out(tensor: Tensor, address: str) -> Tensor:
+    """Remember a tensor that shares the model's memory: it may be edited in place until the block moves on."""
+    if not tensor.is_inference():
+        forget(tensor)
+        mediator = worker(address)
+        handed_out(mediator.interleaver.batcher).append([mediator, tensor, address, None])
+    return tensor
+
+
+def seal(tensor: Tensor, address: str) -> None:
+    """From here on, an edit of `tensor` in place would not reach the model any more."""
+    if not tensor.is_inference():
+        forget(tensor)
+        mediator = worker(address)
+        handed_out(mediator.interleaver.batcher).append([mediator, tensor, address, tensor._version])
+
+
+def forget(tensor: Tensor) -> None:
+    """Another view of the same memory is in use: edits of it are no edits of the earlier one."""
+    entries = handed_out(worker("a site").interleaver.batcher)
+    memory = tensor.untyped_storage().data_ptr()
+    entries[:] = [entry for entry in entries[-LATEST:] if entry[1].untyped_storage().data_ptr() != memory]
+
+
+def check_sealed(mediator: Any) -> None:
+    """Raise for an in-place edit that came after the model had moved on, where it would be lost without a word."""
+    for entry in handed_out(mediator.interleaver.batcher):
+        block, tensor, address, version = entry
+        if block is not mediator:
+            continue
+        if version is None:
+            entry[3] = tensor._version
+        elif tensor._version != version:
+            raise BadInput(
+                f"{address} was edited in place after the model had moved past it, so that the edit could not "
+                "reach the model; edit a site before you ask for a later one (or edit a .clone() of it, if that was not meant)."
+            )
 
 
 def notes(location: str) -> dict:
@@ -51,13 +126,6 @@ def notes(location: str) -> dict:
     if not hasattr(greenlet, "circuitbench"):
         greenlet.circuitbench = {}
     return greenlet.circuitbench
-
-
-def flush(mediator: Mediator) -> None:
-    """Let a waiting write-back through now, keeping the step that ``tracer.iter`` has pinned for what comes next."""
-    pinned = mediator.iteration
-    mediator.flush()
-    mediator.iteration = pinned
 
 
 def wanted(location: str) -> int:
@@ -88,19 +156,27 @@ def passed(location: str, occurrence: int) -> bool:
     return worker(location).occurrence(location) > occurrence
 
 
-def own_rows(location: str) -> slice:
-    """The rows of the batch that belong to the running block (all of them, unless several invokes share the run)."""
+def own_rows(location: str, size: int) -> slice:
+    """The rows of the batch that belong to the running block (all of them, unless several invokes share the run).
+
+    Args:
+        location: Where, for errors.
+        size: Rows of the tensor: those of the prompts, times the beams or sequences that are generated for each.
+    """
     mediator = worker(location)
     batcher, group = mediator.interleaver.batcher, mediator.batch_group
     if batcher is None or not batcher.batching or group is None:
         return slice(None)
-    return slice(group[0], group[0] + group[1])
+    copies, rest = divmod(size, batcher.total)
+    if rest or not copies:
+        raise BadInput(f"{location} has {size} rows, which do not belong to the {batcher.total} prompts of this batch.")
+    return slice(group[0] * copies, (group[0] + group[1]) * copies)
 
 
 def read_whole(location: str) -> Any:
     """The value at `location`, for the whole batch."""
     mediator = worker(location)
-    flush(mediator)
+    flush()
     group, mediator.batch_group = mediator.batch_group, None
     try:
         return Mediator.value(location)
@@ -111,7 +187,7 @@ def read_whole(location: str) -> Any:
 def write_whole(location: str, value: Any) -> None:
     """Replace the value at `location`, for the whole batch."""
     mediator = worker(location)
-    flush(mediator)
+    flush()
     group, mediator.batch_group = mediator.batch_group, None
     try:
         Mediator.swap(location, value)
@@ -120,21 +196,9 @@ def write_whole(location: str, value: Any) -> None:
 
 
 def write_back(location: str, occurrence: int, fn: Callable[[], None]) -> WriteBack:
-    """Call `fn` when the block moves on; `fn` reads and writes by itself, at this visit of its locations.
-
-    nnsight swaps in whatever its callback returns, so it is handed what is at `location` after `fn`.
-    """
+    """Call `fn` when the block moves on; `fn` reads and writes by itself, at this visit of its locations."""
     mediator = worker(location)
-
-    def finish() -> Any:
-        pinned, mediator.iteration = mediator.iteration, occurrence
-        try:
-            fn()
-            return Mediator.value(location)
-        finally:
-            mediator.iteration = pinned
-
-    mediator.transform = WriteBack(finish, location, occurrence)
+    mediator.transform = WriteBack(fn, location, occurrence)
     return mediator.transform
 
 

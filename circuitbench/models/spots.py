@@ -11,7 +11,20 @@ import torch
 from einops import rearrange
 
 from ..errors import BadInput, ReadOnlySite
-from .events import follows, notes, own_rows, passed, read_whole, waiting, wanted, write_back, write_whole
+from .events import (
+    follows,
+    forget,
+    hand_out,
+    notes,
+    own_rows,
+    passed,
+    read_whole,
+    seal,
+    waiting,
+    wanted,
+    write_back,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from nnsight.intervention.envoy import Envoy
@@ -66,14 +79,14 @@ def instrument(envoys: list[Envoy]) -> None:
         envoy.source  # noqa: B018
 
 
-def edited(tensor: Tensor, version: int) -> bool:
-    """Whether a tensor was changed in place since `version` was taken (inference tensors keep no count: assume so)."""
-    return tensor.is_inference() or tensor._version != version
+def edited(tensor: Tensor, version: Any) -> bool:
+    """Whether a tensor was changed in place since `version` was taken."""
+    return not torch.equal(tensor, version) if tensor.is_inference() else tensor._version != version
 
 
-def version_of(tensor: Tensor) -> int:
-    """The tensor's in-place version, 0 for inference tensors."""
-    return 0 if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor) -> Any:
+    """The tensor's in-place version; inference tensors keep no count, so a copy stands in for it."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
 
 
 def splice(whole: Tensor, rows: slice, part: Tensor) -> Tensor:
@@ -233,17 +246,20 @@ class Spot:
         if held is not None and held[0] is waiting(location) and held[0].occurrence == occurrence:
             return held[1]  # read twice before moving on: one tensor
         raw = self.select(read_whole(location))
-        rows = own_rows(location)
         whole = self.to_canonical(raw, now)
+        rows = own_rows(location, len(whole))
         view = whole[rows] if rows != slice(None) else whole
         grad = torch.is_grad_enabled() and raw.requires_grad
-        if grad and view._is_view():
-            view = view.clone()  # autograd refuses in-place edits of some views, and gradients need it in the graph
+        if self.in_place or (grad and view._is_view()):
+            # Autograd refuses in-place edits of some views, and gradients need it in the graph; and what is written by
+            # copying must not be what the user has saved.
+            view = view.clone()
         if view is raw or (not grad and shares_memory(view, raw)):
-            return view
+            return hand_out(view, self.address)
         version = version_of(view)
 
-        def finish() -> None:
+        def finish():
+            seal(view, self.address)
             changed = edited(view, version)
             if not (changed or grad):
                 return
@@ -268,7 +284,8 @@ class Spot:
         location, now = self.here()
         held = read_whole(location)
         raw = self.select(held)
-        whole, rows = self.to_canonical(raw, now), own_rows(location)
+        whole = self.to_canonical(raw, now)
+        rows = own_rows(location, len(whole))
         value = matching(value, whole[rows], self.address)
         if value is whole or (
             torch.equal(value, whole[rows]) and not (torch.is_grad_enabled() and value.requires_grad)
@@ -279,6 +296,7 @@ class Spot:
     def put(self, location: str, value: Any, raw: Tensor, new: Tensor) -> None:
         """Hand the new tensor to the model."""
         if self.in_place:
+            forget(raw)
             raw.copy_(new)
         else:
             write_whole(location, self.replaced(value, new.to(raw.dtype)))

@@ -119,7 +119,7 @@ class SSMView(PartView):
         if name.startswith("_"):
             raise AttributeError(name)
         kind = self._scan_sites.get(name)
-        if kind is None or (kind == "gate" and name in self._spots and not self._run().gated):
+        if kind is None or (kind == "gate" and name in self._spots and not self._run().firing.gated):
             if name not in self._spots:
                 raise not_found(self._address, name, self.sites)
             return self._spots[name].get()
@@ -137,7 +137,7 @@ class SSMView(PartView):
 
     def __setattr__(self, name: str, value: Tensor) -> None:
         kind = self._scan_sites.get(name)
-        if kind is None or (kind == "gate" and name in self._spots and not self._run().gated):
+        if kind is None or (kind == "gate" and name in self._spots and not self._run().firing.gated):
             if name not in self._spots:
                 raise not_found(self._address, name, self.sites)
             self._spots[name].set(value)
