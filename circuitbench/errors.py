@@ -52,3 +52,7 @@ class RemoteError(CircuitbenchError):
         super().__init__(message)
         self.job_id = job_id
         self.partial = partial
+
+
+class JobFailed(RemoteError):
+    """A remote job ran, and its code raised an error there."""

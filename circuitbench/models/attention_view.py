@@ -64,8 +64,9 @@ class Pattern:
         weights = self.weights(read_whole(after))
         rows = own_rows(after, len(weights))
         value = matching(value, weights[rows], self.address)
-        if not torch.equal(value, weights[rows]) or (torch.is_grad_enabled() and value.requires_grad):
-            self.put(after, value, values, rows, keep=False)
+        changed = not torch.equal(value, weights[rows])
+        if changed or (torch.is_grad_enabled() and value.requires_grad):
+            self.put(after, value, values, rows, keep=not changed)
 
     def values(self, before: str, after: str, occurrence: int) -> Tensor:
         """The values that the pattern weighs, `(b, kv_heads, t, p)`, kept from the operation's input."""

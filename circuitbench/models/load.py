@@ -113,7 +113,9 @@ def nnsight_model(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {} if revision is None else {"revision": revision}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    if hf.device.type == "meta":
+        options["device"] = "meta"  # else nnsight's pipeline moves the weights, and there are none
     return TransformersModel(hf, tokenizer=tokenizer, task="text-generation", **options)
 
 

@@ -19,7 +19,7 @@ from nnsight.ndif import get_local_env
 from nnsight.schema.config import CONFIG
 from nnsight.schema.response import ResponseModel, Status
 
-from ..errors import BadInput, RemoteError, VersionMismatch
+from ..errors import BadInput, JobFailed, RemoteError, VersionMismatch
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -51,7 +51,7 @@ class JobBackend(RemoteBackend):
         except NnsightRemoteError as error:
             if self.status == Status.ERROR:
                 reason = str(error).strip().splitlines()[-1]
-                raise RemoteError(
+                raise JobFailed(
                     f"Job {self.job_id} failed on {self.host}: {reason}\n\nOn the server:\n{error}", job_id=self.job_id
                 ) from None
             raise RemoteError(f"{self.host} did not take the job: {error}") from None

@@ -291,7 +291,10 @@ class Spot:
             torch.equal(value, whole[rows]) and not (torch.is_grad_enabled() and value.requires_grad)
         ):
             return  # writing back what is there changes nothing, to the last bit
-        self.put(location, held, raw, self.to_raw(splice(whole, rows, value), raw, now))
+        new = self.to_raw(splice(whole, rows, value), raw, now)
+        if self.scale is not None and torch.equal(value, whole[rows]):
+            new = raw.detach() + (new - new.detach())  # only a gradient is new; dividing again would lose a bit
+        self.put(location, held, raw, new)
 
     def put(self, location: str, value: Any, raw: Tensor, new: Tensor) -> None:
         """Hand the new tensor to the model."""

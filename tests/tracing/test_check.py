@@ -334,6 +334,19 @@ def test_traces_may_run_on_a_server_without_the_weights_here(
     assert [row.check for row in there.rows if row.ok is None] == ["edit_state equals an edited cache"]
 
 
+def test_what_a_map_breaks_on_a_server_is_a_finding_and_a_lost_server_an_error(
+    ndif_server: NdifServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_for_server(random_model(ARCHITECTURES["mamba2"], vocab_size=257), tmp_path)
+    wrong = sites(ssm__conv=Site("conv1d:output", "b t conv_dim"))(ARCHITECTURES["mamba2"])
+    monkeypatch.setitem(ARCHITECTURES, "mamba2", wrong)
+    failed = check(source, sites="layers.0.ssm.conv", remote=ndif_server.url).failed
+    assert [(row.site, row.check) for row in failed] == [("layers.0.ssm.conv", "reads")]
+    assert "already ran past it" in failed[0].advice
+    with pytest.raises(cb.RemoteError, match="cannot be reached"):
+        check(source, remote="http://127.0.0.1:9")
+
+
 def test_traces_may_be_shipped_and_run_here() -> None:
     check("random:mamba2", sites=SOME[-3:], remote="local").raise_if_failed()
 

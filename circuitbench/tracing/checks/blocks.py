@@ -87,14 +87,15 @@ def scans(model: Model, places: list[tuple[int, str]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for layer, part in places:
         view = getattr(model.layers[layer], part)
-        run = view._run()
-        operands, D = run.current_operands(), run.whole.D
-        here: dict[str, Any] = {"call": read_whole(run.input), "operands": operands, "D": D}
-        here["replayed"], _ = run.recurrence.forward(**operands, D=D, **run.starting())
-        here["exact"], _ = run.recurrence.forward(**operands, D=D, **run.starting(), accumulate=torch.float64)
+        args, kwargs = read_whole(view._run().input)
+        call, recurrence = view._scan.read(args, kwargs, False), view._recurrence
+        given = {**call.operands, "D": call.D, "initial_state": call.initial_state}
+        here: dict[str, Any] = {"call": (args, kwargs), "operands": call.operands, "D": call.D}
+        here["replayed"], _ = recurrence.forward(**given)
+        here["exact"], _ = recurrence.forward(**given, accumulate=torch.float64)
         if "mixing" in view.sites:
             by_channel = "channels" in axes_by_address(model, f"layers.{layer}.{part}.mixing")
-            here["mixing"] = view.mixing(channels=[0, -1 % operands["x"].shape[2]]) if by_channel else view.mixing
+            here["mixing"] = view.mixing(channels=[0, call.operands["x"].shape[2] - 1]) if by_channel else view.mixing
         here["own"] = view.y
         found[f"layers.{layer}.{part}"] = here
     return found

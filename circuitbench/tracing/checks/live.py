@@ -10,7 +10,7 @@ import nnsight
 import torch
 
 from ...architectures import ARCHITECTURES
-from ...errors import BadInput, RemoteError, VersionMismatch
+from ...errors import BadInput, JobFailed, RemoteError, VersionMismatch
 from ...models import kernels
 from ...models.lock import lock_of
 from ...models.prompts import encode
@@ -91,21 +91,23 @@ class Live:
 
     # Running ----------------------------------------------------------------------------------------------------------
 
-    def run(self, block: Callable[..., dict[str, Any]], *given: Any, **inputs: Tensor) -> dict[str, Any]:
-        """A block in a trace of the prompts (or of other inputs)."""
+    def run(
+        self, block: Callable[..., dict[str, Any]], *given: Any, gradients: bool = False, **inputs: Tensor
+    ) -> dict[str, Any]:
+        """A block in a trace of the prompts (or of other inputs), with or without gradients."""
         model, inputs = self.model, inputs or self.inputs
-        with lock_of(model), torch.no_grad():
+        with lock_of(model), torch.set_grad_enabled(gradients):
             with model.trace(**inputs, remote=self.remote):
                 found = nnsight.save(block(model, *given))
         return found
 
-    def attempt(self, block: Callable[..., dict[str, Any]], *given: Any, **inputs: Tensor) -> dict[str, Any] | Failure:
+    def attempt(self, block: Callable[..., dict[str, Any]], *given: Any, **options: Any) -> dict[str, Any] | Failure:
         """`run`, or what went wrong."""
-        return guarded(self.run, block, *given, **inputs)
+        return guarded(self.run, block, *given, **options)
 
-    def moved(self, block: Callable[..., dict[str, Any]], *given: Any) -> float | Failure:
+    def moved(self, block: Callable[..., dict[str, Any]], *given: Any, gradients: bool = False) -> float | Failure:
         """How far a block moves the logits of real tokens."""
-        found = self.attempt(block, *given)
+        found = self.attempt(block, *given, gradients=gradients)
         return found if isinstance(found, Failure) else self.distance(found["logits"], self.base)
 
     def distance(self, logits: Tensor, other: Tensor) -> float:
@@ -172,9 +174,9 @@ def guarded(function: Callable[..., Any], *given: Any, **named: Any) -> Any:
     """What a function returns, or a `Failure`: a wrong map can break anything, and that is a finding."""
     try:
         return function(*given, **named)
-    except (RemoteError, VersionMismatch):
-        raise
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
+        if isinstance(error, (RemoteError, VersionMismatch)) and not isinstance(error, JobFailed):
+            raise  # the server's failure, not the map's
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return Failure(f"{type(error).__name__}: {lines[-1] if lines else 'no message'}".rstrip("."))
 
