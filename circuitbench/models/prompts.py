@@ -13,7 +13,7 @@ from ..errors import BadInput
 from .id_tokenizer import NAME as IDS_ONLY
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
     from torch import Tensor
 
     from .model import Model
@@ -186,15 +186,10 @@ def masked_rows(prompts: Mapping[str, Any]) -> list[list[int]]:
 def tokenize(model: Model, prompt: str) -> list[int]:
     """One prompt's token ids, with the special tokens that the tokenizer adds."""
     if model.tokenizer is None or model.tokenizer.name_or_path == IDS_ONLY:
-        if prompt.replace(" ", "").isdigit():
+        if not prompt.strip() or prompt.replace(" ", "").isdigit():
             return [int(word) for word in prompt.split()]
         raise BadInput(
             "This model has no tokenizer, so prompts are token ids: a tensor (b, t), a list, a string like '5 17 3'. "
             "Give it one with load_model(..., tokenizer=...)."
         )
     return list(model.tokenizer(prompt)["input_ids"])
-
-
-def real(batch: Batch) -> Bool[Tensor, "b t"]:
-    """Columns that hold a prompt's own token."""
-    return batch.attention_mask.bool()

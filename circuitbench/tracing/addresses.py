@@ -77,6 +77,8 @@ def matching_addresses(model: Model, site: str, known: list[str]) -> list[str]:
 
 def missing(model: Model, site: str, known: list[str]) -> SiteNotFound:
     """The error for an address that matches nothing."""
+    if site.startswith("layers.*."):
+        return SiteNotFound(f"{site}: no layer of this model has it; they have {', '.join(model._names())}.")
     match = re.fullmatch(r"layers\.(-?\d+)\.(.+)", site)
     if match and -len(model.layers) <= int(match[1]) < len(model.layers):
         layer = model.layers[int(match[1])]

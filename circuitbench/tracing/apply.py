@@ -8,8 +8,8 @@ import torch
 
 from ..errors import BadInput
 from .addresses import axes_by_address, read_site, write_site
-from .interventions import Knockout
-from .selection import restrict, select
+from .interventions import Ablate, Knockout
+from .selection import Columns
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -23,148 +23,154 @@ Plan = (
 )
 
 
-def run_plan(
-    model: Model,
-    plan: Plan,
-    index: Int[Tensor, "b t"],
-    lengths: Int[Tensor, " b"],
-    growing: bool,
-    columns: Int[Tensor, "b k"] | None = None,
-) -> dict[str, Tensor]:
+def run_plan(model: Model, plan: Plan, columns: Columns, keep: Int[Tensor, "b k"] | None = None) -> dict[str, Tensor]:
     """Apply interventions and read sites, in forward order; returns what was read, by address.
 
     Args:
         model: The model.
         plan: What to do at which site.
-        index: Token index of every column, -1 for padding.
-        lengths: Tokens of each prompt.
-        growing: Whether tokens are generated after the prompt.
-        columns: Keep only these columns of what is read.
+        columns: Which of each prompt's own tokens the columns hold.
+        keep: Keep only these columns of what is read.
     """
     out: dict[str, Tensor] = {}
     for address, interventions, wanted in plan:
-        apply_at(model, address, interventions, index, lengths, growing)
+        apply_at(model, address, interventions, columns)
         if wanted:
-            out[address] = read_columns(model, address, columns).detach()
+            out[address] = read_columns(model, address, keep).detach()
     return out
 
 
-def read_columns(model: Model, address: str, columns: Tensor | None) -> Tensor:
+def read_columns(model: Model, address: str, keep: Tensor | None) -> Tensor:
     """A site, or some columns of it; the state is then never whole in memory."""
-    if columns is None:
+    if keep is None:
         return read_site(model, address)
     if address.endswith(".ssm.state"):
         _, layer, _ = address.split(".", 2)
-        kept: list[Any] = [None] * columns.numel()
+        picked: list[Any] = [None] * keep.numel()
         for start, states in model.layers[int(layer)].ssm.iter_state():
-            for place, column in enumerate(columns.flatten().tolist()):
+            for place, column in enumerate(keep.flatten().tolist()):
                 if start <= column < start + states.shape[1]:
-                    kept[place] = states[place // columns.shape[1], column - start].clone()
-        return torch.stack(kept).unflatten(0, tuple(columns.shape))
+                    picked[place] = states[place // keep.shape[1], column - start].clone()
+        return torch.stack(picked).unflatten(0, tuple(keep.shape))
     value = read_site(model, address)
     axis = axes_by_address(model, address).index("t")
     value = value.movedim(axis, 1)
     rows = torch.arange(len(value), device=value.device)[:, None]
-    return value[rows, columns.to(value.device)].movedim(1, axis)
+    return value[rows, keep.to(value.device)].movedim(1, axis)
 
 
-def apply_at(
-    model: Model, address: str, interventions: list[Any], index: Tensor, lengths: Tensor, growing: bool
-) -> None:
+def apply_at(model: Model, address: str, interventions: list[Any], columns: Columns) -> None:
     """Apply all interventions at one site."""
-    knockouts = [item for item in interventions if isinstance(item, Knockout)]
-    others = [item for item in interventions if not isinstance(item, Knockout)]
-    for knockout in knockouts:
-        knock_out(model, address, knockout, index, lengths, growing)
+    others = []
+    for item in interventions:
+        if isinstance(item, Knockout):
+            knock_out(model, address, item, columns)
+        else:
+            others.append(item)
     if not others:
         return
     if address.endswith(".ssm.state"):
-        edit_states(model, address, others, index, lengths, growing)
+        edit_states(model, address, others, columns)
         return
     axes = axes_by_address(model, address)
     value = read_site(model, address)
-    value = value if axes[1] == "t" else value.transpose(1, 2)  # (b, heads, t, t): queries are the positions
+    if address == "logits" and value.shape[1] < columns.index.shape[1]:
+        columns = columns.last(value.shape[1])  # ``generate`` asks for the last ones alone
     for item in others:
-        value = item.changed(value, index, lengths, address, has_heads(axes), growing)
-    write_site(model, address, value if axes[1] == "t" else value.transpose(1, 2))
+        value = item.changed(value, columns, address, axes)
+    write_site(model, address, value)
 
 
-def has_heads(axes: list[str]) -> bool:
-    """Whether the site's axis 2 (or 1, for matrices over positions) counts heads."""
-    return axes[2] in ("h", "kv") or axes[1] in ("h", "kv")
-
-
-def edit_states(
-    model: Model, address: str, items: list[Intervention], index: Tensor, lengths: Tensor, growing: bool
-) -> None:
+def edit_states(model: Model, address: str, items: list[Intervention], columns: Columns) -> None:
     """Interventions on h_t: the recurrence is run again with the state edited where each prompt's position is."""
     axes = axes_by_address(model, address)
     _, layer, _ = address.split(".", 2)
     view = model.layers[int(layer)].ssm
-    columns = set()
     for item in items:
-        columns.update(select(item.positions, index, lengths, growing).any(0).nonzero().flatten().tolist())
-    edits = {column: edit_of(items, column, index, lengths, address, axes, growing) for column in columns}
-    if edits:
-        view.edit_state(edits, states=False)
+        chosen = columns.chosen(item.positions).any(0).nonzero().flatten().tolist()
+        if chosen and isinstance(item, Ablate) and item.pools:
+            item = item.referring(pool_of(view, item.mode, columns))
+        if chosen:
+            view.edit_state({c: edit_of(item, columns.only(c), address, axes) for c in chosen}, states=False)
 
 
-def edit_of(
-    items: list[Intervention],
-    column: int,
-    index: Tensor,
-    lengths: Tensor,
-    address: str,
-    axes: list[str],
-    growing: bool,
-) -> Any:
+def pool_of(view: Any, mode: str, columns: Columns) -> Tensor:
+    """The states of all real tokens of this run `(n, ...)`, or their mean `(1, ...)`, before they are ablated."""
+    real = columns.real
+    if mode == "resample":
+        states = view.state
+        return states[real.to(states.device)]
+    total: Any = 0
+    for start, states in view.iter_state():
+        chunk = states[real[:, start : start + states.shape[1]].to(states.device)]
+        total = total + chunk.sum(0)
+    return (total / real.sum())[None]
+
+
+def edit_of(item: Intervention, column: Columns, address: str, axes: list[str]) -> Any:
     """The function from h_t `(b, ...)` to the edited one, for one column."""
 
     def edit(state: Tensor) -> Tensor:
-        value = state[:, None]
-        for item in items:
-            chosen = select(item.positions, index, lengths, growing)[:, column : column + 1]
-            value = torch.where(
-                mask_of(item, chosen, value, address, axes),
-                item.apply(value, index[:, column : column + 1] >= 0, address).to(value.dtype),
-                value,
-            )
-        return value[:, 0]
+        return item.changed(state[:, None], column, address, axes)[:, 0]
 
     return edit
 
 
-def mask_of(item: Intervention, chosen: Tensor, value: Tensor, address: str, axes: list[str]) -> Tensor:
-    """Where one intervention acts on the state of one column."""
-    return restrict(chosen, value, item.heads, item.channels, address, has_heads(axes))
-
-
-def knock_out(model: Model, address: str, item: Knockout, index: Tensor, lengths: Tensor, growing: bool) -> None:
+def knock_out(model: Model, address: str, item: Knockout, columns: Columns) -> None:
     """Register a knockout with the mixer's scan."""
     _, layer, _ = address.split(".", 2)
-    axes = axes_by_address(model, address)
-    if item.heads is not None and not has_heads(axes):
+    if item.heads is not None and "h" not in axes_by_address(model, address):
         raise BadInput(f"{address}: this scan has no heads (S6 keeps a state for every channel); leave heads= out.")
     heads = [item.heads] if isinstance(item.heads, int) else item.heads
-    sources = select(item.sources, index, lengths, growing)
-    destinations = select(item.destinations, index, lengths, growing)
+    sources, destinations = columns.chosen(item.sources), columns.chosen(item.destinations)
     model.layers[int(layer)].ssm.knock_out(sources, destinations, heads)
 
 
-def read_index(model: Model, so_far: int) -> tuple[Tensor, Tensor]:
-    """(token index of every column, real tokens of every row) of the forward that is about to run.
+def columns_of(model: Model, before: Columns | None, so_far: int, counted: bool) -> tuple[Columns, int]:
+    """What the columns of the forward that is about to run hold, and how many columns there will then have been.
+
+    The mask tells, where the model is given one. transformers drops it for a batch without padding, and models of
+    recurrent layers alone drop it once they decode: what the earlier forwards of the run were given still holds.
 
     Args:
         model: The model.
-        so_far: Columns of earlier forwards of this generation.
+        before: The columns of the forward before in this run.
+        so_far: How many columns the forwards before had, cached ones included.
+        counted: Whether it matters which token a column holds.
     """
     args, kwargs = model.nn.inputs
     ids = kwargs.get("input_ids", args[0] if args else None)
-    if ids is None:
-        ids = kwargs["inputs_embeds"]
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        mask = ids.new_ones(ids.shape[0], so_far + ids.shape[1])
-    mask = mask.to(torch.long)
-    index = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
-    return index[:, -ids.shape[1] :], mask.sum(1)
+    ids = kwargs["inputs_embeds"] if ids is None else ids
+    rows, length = ids.shape[:2]
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values", kwargs.get("cache_params"))
+    mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    if mask is not None and mask.shape[1] > length:
+        start = mask.shape[1] - length
+    elif cache is None:
+        start = 0  # every forward runs the whole sequence again
+    else:
+        start = cached(cache, counted) if before is None else so_far
+    if mask is None or mask.shape[1] < start + length:
+        known = ids.new_empty(rows, 0) if before is None else (before.keys >= 0)[:, : start + length]
+        known = known.to(ids.device, torch.long)
+        if mask is not None:
+            known = known[:, :start]
+        middle = start + length - known.shape[1] - (0 if mask is None else mask.shape[1])
+        parts = [known, torch.ones(rows, middle, dtype=torch.long, device=ids.device)]
+        mask = torch.cat(parts if mask is None else [*parts, mask.long()], dim=1)
+    mask = mask.long()
+    keys = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
+    lengths = mask.sum(1) if before is None else before.lengths
+    return Columns(keys[:, start:], lengths, True, keys), start + length
+
+
+def cached(cache: Any, counted: bool) -> int:
+    """How many columns a cache holds that a run starts from."""
+    if any(hasattr(layer, "get_seq_length") for layer in cache.layers) or not cache.layers:
+        return int(cache.get_seq_length())
+    if counted and cache.has_previous_state():
+        raise BadInput(
+            "This run starts from a cache of recurrent states, which do not tell how many tokens they hold, so "
+            "positions cannot be counted; run the whole sequence from its beginning, or use positions=None."
+        )
+    return 0

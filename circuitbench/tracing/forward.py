@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nnsight
 import torch
 
+from ..errors import BadInput, ReadOnlySite
 from ..models.lock import lock_of
+from .addresses import resolve
 from .apply import run_plan
-from .run import planned
+from .interventions import Intervention, Knockout
+from .selection import Columns
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..models import Model
     from ..models.prompts import Batch
-    from .interventions import Intervention, Knockout
 
 
 def forward(
@@ -26,11 +26,50 @@ def forward(
     interventions: Intervention | Knockout | Sequence[Intervention | Knockout] = (),
     sites: Sequence[str] = (),
     remote: bool | str = False,
-) -> dict[str, Tensor]:
-    """Run a batch once; returns the logits and the sites asked for, by address, columns as padded in the batch."""
+    blocking: bool = True,
+) -> Any:
+    """Run a batch once.
+
+    Returns:
+        The logits and the sites asked for, by address, columns as padded in the batch; with ``blocking=False``, the
+        backend that fetches them (as ``found``).
+    """
     plan = planned(model, interventions, sites)
-    index, lengths, inputs = batch.index, batch.lengths, batch.inputs(model)
+    columns, inputs = Columns(batch.index, batch.lengths), batch.inputs(model)
     with lock_of(model), torch.no_grad():
-        with model.trace(**inputs, remote=remote):
-            found = nnsight.save(run_plan(model, plan, index, lengths, False))
-    return found
+        with model.trace(**inputs, remote=remote, blocking=blocking) as sent:
+            found = nnsight.save(run_plan(model, plan, columns))
+    return found if blocking else sent.backend
+
+
+def planned(
+    model: Model, interventions: Intervention | Knockout | Sequence[Intervention | Knockout], sites: Sequence[str]
+) -> list[tuple[str, list[Any], bool]]:
+    """Interventions and wanted sites in the order the model reaches them; logits are always wanted."""
+    items = [interventions] if isinstance(interventions, (Intervention, Knockout)) else list(interventions)
+    by_address: dict[str, list[Any]] = {}
+    for item in items:
+        for address in targets(model, item):
+            by_address.setdefault(address, []).append(item)
+    wanted = {*sites, "logits"}
+    return [(a, by_address.get(a, []), a in wanted) for a in model.sites if a in by_address or a in wanted]
+
+
+def targets(model: Model, item: Intervention | Knockout) -> list[str]:
+    """The addresses an intervention acts at.
+
+    Raises:
+        ReadOnlySite: For one that cannot be changed.
+    """
+    if isinstance(item, Knockout):
+        stem = item.site.removesuffix(".mixing").removesuffix(".y")
+        return resolve(model, f"{stem}.x")
+    if not isinstance(item, Intervention):
+        raise BadInput(f"An intervention is Set, Add, Scale, Ablate or Knockout, not {type(item).__name__}.")
+    addresses = resolve(model, item.site)
+    for address in addresses:
+        if address.endswith(".ssm.mixing"):
+            raise ReadOnlySite(
+                f"{address} cannot be written; use Knockout(sources, destinations), or write x, B, C or decay."
+            )
+    return addresses

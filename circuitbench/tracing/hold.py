@@ -17,9 +17,9 @@ import torch
 from ..errors import BadInput
 from ..models.events import every_forward
 from ..models.lock import lock_of
-from .apply import apply_at, read_index
+from .apply import apply_at, columns_of
+from .forward import planned
 from .interventions import Ablate, Add, Direction, Intervention, Knockout
-from .run import planned
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,24 +40,25 @@ def hold(model: Model, interventions: Intervention | Knockout | Sequence[Interve
 
     Raises:
         BadInput: For an ``Ablate`` by mean or resampling without a reference: one token at a time has nothing to
-            average.
+            average. In the block, for positions of a run that starts from a cache which does not tell its length.
     """
     plan = [(address, items) for address, items, _ in planned(model, interventions, []) if items]
     for _, items in plan:
         for item in items:
-            if isinstance(item, Ablate) and item.mode != "zero" and item.reference is None:
+            if isinstance(item, Ablate) and item.pools:
                 raise BadInput(
                     f'{item!r}: while it is held, mode="{item.mode}" needs reference= (activations of the site, for '
                     "example from capture), because a generated token comes alone."
                 )
+    counted = any(item.counts for _, items in plan for item in items)
     with lock_of(model):
         edits = len(model.nn._edits)
         with model.nn.edit(inplace=True):
-            so_far, lengths = 0, None
+            columns, so_far = None, 0
             for _ in every_forward():
-                index, lengths, so_far = positions_of(model, so_far, lengths)
+                columns, so_far = columns_of(model, columns, so_far, counted)
                 for address, items in plan:
-                    apply_at(model, address, items, index, lengths, True)
+                    apply_at(model, address, items, columns)
         ours = model.nn._edits[edits:]
     try:
         with warnings.catch_warnings():
@@ -67,12 +68,6 @@ def hold(model: Model, interventions: Intervention | Knockout | Sequence[Interve
     finally:
         for edit in ours:
             model.nn._edits.remove(edit)
-
-
-def positions_of(model: Model, so_far: int, lengths: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """(token index of every column, tokens of each prompt, columns so far) of the forward that is about to run."""
-    index, seen = read_index(model, so_far)
-    return index, seen if lengths is None else lengths, so_far + index.shape[1]
 
 
 def steer(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 from ..errors import BadInput
-from .selection import restrict, select
+from .selection import aligned, restrict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .selection import Positions
+    from .selection import Columns, Positions
 
 
 @runtime_checkable
@@ -43,17 +43,23 @@ class Intervention:
         self.heads = heads
         self.channels = channels
 
-    def apply(self, value: Tensor, real: Tensor, address: str) -> Tensor:
-        """What the selected entries become; same shape as `value`. `real` `(b, t)` marks real tokens."""
+    def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
+        """What the selected entries become; same shape as `value`, which is in the site's canonical layout."""
         raise TypeError("Intervention says only where; use Set, Add, Scale, Ablate or Knockout.")
 
-    def changed(
-        self, value: Tensor, index: Tensor, lengths: Tensor, address: str, has_heads: bool, growing: bool
-    ) -> Tensor:
+    def changed(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
         """`value` with this intervention applied where it is meant to be."""
-        chosen = select(self.positions, index, lengths, growing)
-        mask = restrict(chosen, value, self.heads, self.channels, address, has_heads)
-        return torch.where(mask, self.apply(value, index >= 0, address).to(value.dtype), value)
+        mask = restrict(columns, self.positions, value, self.heads, self.channels, address, axes)
+        return torch.where(mask, self.apply(value, columns, address, axes).to(value.dtype), value)
+
+    def fitted(self, given: Any, value: Tensor, columns: Columns, address: str, axes: list[str], what: str) -> Tensor:
+        """A number or tensor that came with the intervention, over the whole site (see `selection.aligned`)."""
+        return aligned(given, value, columns, columns.chosen(self.positions), address, axes, what)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it asks which token a column holds, rather than doing the same to every one."""
+        return self.positions is not None
 
     def __repr__(self) -> str:
         given = {
@@ -63,20 +69,17 @@ class Intervention:
         return f"{type(self).__name__}({self.site!r}{inside})"
 
 
-def broadcast(given: Any, value: Tensor, address: str, what: str) -> Tensor:
-    """A number or tensor as a tensor that broadcasts over `value`."""
-    given = torch.as_tensor(given).to(value.device, value.dtype)
-    try:
-        return given.expand_as(value)
-    except RuntimeError:
-        raise BadInput(
-            f"{address} is {tuple(value.shape)} here; the {what} given is {tuple(given.shape)}, which does not "
-            "broadcast over it (its last axes have to fit)."
-        ) from None
+def spans(given: Any) -> bool:
+    """Whether what was given may have an axis of positions: a number or a vector over channels has none."""
+    return torch.as_tensor(given).dim() > 1
 
 
 class Set(Intervention):
-    """Replace entries by a value: a number, or a tensor that broadcasts over the site's `(b, t, ...)`."""
+    """Replace entries by a value: a number, or a tensor that broadcasts over the site's shape.
+
+    Its axes of positions, if it has any, count each prompt's own tokens, as what `capture` returns: setting a site to
+    its own captured value changes nothing. So in `Add` and `Scale`.
+    """
 
     def __init__(
         self, site: str, value: Any, positions: Positions = None, heads: Any = None, channels: Any = None
@@ -84,12 +87,17 @@ class Set(Intervention):
         Intervention.__init__(self, site, positions, heads, channels)
         self.value = value
 
-    def apply(self, value: Tensor, real: Tensor, address: str) -> Tensor:
-        return broadcast(self.value, value, address, "value")
+    def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
+        return self.fitted(self.value, value, columns, address, axes, "value")
+
+    @property
+    def counts(self) -> bool:
+        """As in `Intervention`."""
+        return self.positions is not None or spans(self.value)
 
 
 class Add(Intervention):
-    """Add `strength` times a vector: a number or a tensor that broadcasts over the site's `(b, t, ...)`."""
+    """Add `strength` times a vector: a number or a tensor that broadcasts over the site's shape."""
 
     def __init__(
         self,
@@ -104,12 +112,17 @@ class Add(Intervention):
         self.vector = vector
         self.strength = strength
 
-    def apply(self, value: Tensor, real: Tensor, address: str) -> Tensor:
-        return value + self.strength * broadcast(self.vector, value, address, "vector")
+    def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
+        return value + self.strength * self.fitted(self.vector, value, columns, address, axes, "vector")
+
+    @property
+    def counts(self) -> bool:
+        """As in `Intervention`."""
+        return self.positions is not None or spans(self.vector)
 
 
 class Scale(Intervention):
-    """Multiply entries by a factor: a number, or a tensor that broadcasts over the site's `(b, t, ...)`."""
+    """Multiply entries by a factor: a number, or a tensor that broadcasts over the site's shape."""
 
     def __init__(
         self, site: str, factor: Any, positions: Positions = None, heads: Any = None, channels: Any = None
@@ -117,8 +130,13 @@ class Scale(Intervention):
         Intervention.__init__(self, site, positions, heads, channels)
         self.factor = factor
 
-    def apply(self, value: Tensor, real: Tensor, address: str) -> Tensor:
-        return value * broadcast(self.factor, value, address, "factor")
+    def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
+        return value * self.fitted(self.factor, value, columns, address, axes, "factor")
+
+    @property
+    def counts(self) -> bool:
+        """As in `Intervention`."""
+        return self.positions is not None or spans(self.factor)
 
 
 class Ablate(Intervention):
@@ -148,15 +166,33 @@ class Ablate(Intervention):
         self.reference = reference
         self.seed = seed
 
-    def apply(self, value: Tensor, real: Tensor, address: str) -> Tensor:
+    @property
+    def counts(self) -> bool:
+        """As in `Intervention`: what is drawn for a token depends on which one it is."""
+        return self.positions is not None or self.mode == "resample"
+
+    @property
+    def pools(self) -> bool:
+        """Whether it is made of the activations of this run."""
+        return self.mode != "zero" and self.reference is None
+
+    def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
         if self.mode == "zero":
             return torch.zeros_like(value)
-        pool = value[real] if self.reference is None else self.pooled(value, address)
-        if self.mode == "mean":
-            return pool.mean(0).expand_as(value)
+        if axes.count("t") == 2:
+            raise BadInput(
+                f"{address} is a matrix over positions, and prompts of different length have no {self.mode} of those "
+                'in common; take mode="zero", or Set it to a matrix.'
+            )
+        pool = value[columns.real] if self.reference is None else self.pooled(value, address)
+        return pool.mean(0).expand_as(value) if self.mode == "mean" else pool[self.draw(len(pool), columns)]
+
+    def draw(self, count: int, columns: Columns) -> Tensor:
+        """Which of `count` tokens each column gets: the same for a prompt's token whatever forward it comes in."""
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randint(len(pool), value.shape[:2], generator=generator).to(value.device)
-        return pool[drawn]
+        # Drawn token by token, so that a longer table begins with the shorter one.
+        table = torch.randint(count, (int(columns.index.max()) + 1, len(columns.index)), generator=generator)
+        return table.T.to(columns.index.device).gather(1, columns.index.clamp(min=0))
 
     def pooled(self, value: Tensor, address: str) -> Tensor:
         """The reference as `(n_tokens, ...)`, padding left out."""
@@ -169,7 +205,14 @@ class Ablate(Intervention):
                 f"{address} is {tuple(value.shape)} here; the reference, {tuple(self.reference.shape)}, has to end in "
                 f"{tuple(value.shape[2:])}."
             )
-        return pool[~pool.isnan().flatten(1).any(1)]
+        pool = pool[~pool.isnan().flatten(1).any(1)]
+        if not len(pool):
+            raise BadInput(f"{address}: the reference of {self!r} holds no token without NaN.")
+        return pool
+
+    def referring(self, reference: Tensor) -> Ablate:
+        """The same with another reference."""
+        return Ablate(self.site, self.mode, self.positions, self.heads, self.channels, reference, self.seed)
 
 
 class Knockout:
@@ -191,6 +234,7 @@ class Knockout:
         self.destinations = destinations
         self.heads = heads
         self.positions = destinations
+        self.counts = True  # as in `Intervention`
 
     def __repr__(self) -> str:
         pairs = f"sources={self.sources!r}, destinations={self.destinations!r}"

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..errors import BadInput, ReadOnlySite, RemoteError
+from ..errors import BadInput, RemoteError
 from ..models.jobs import Pending, check_blocking
 from ..models.lock import lock_of
 from ..models.prompts import Batch, encode
 from .addresses import axes_by_address, resolve
 from .apply import run_plan
-from .interventions import Intervention, Knockout
-from .selection import select
+from .forward import forward
+from .selection import Columns, listed, select
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -27,24 +27,43 @@ if TYPE_CHECKING:
 
     from ..models import Model
     from ..models.prompts import Prompts
+    from .interventions import Intervention, Knockout
     from .selection import Positions
 
 
 class Activations(dict):
     """Address -> tensor. `[i, j]` is token j of prompt i; past the end of a shorter prompt there is NaN.
 
+    A matrix over positions is `[i, head, query, key]`, both counted in the prompt's own tokens.
+
     Attributes:
         lengths: Real tokens of each prompt, `(b,)`.
     """
 
-    def __init__(self, values: dict[str, Tensor], lengths: Int[Tensor, " b"]) -> None:
+    def __init__(
+        self,
+        values: dict[str, Tensor],
+        lengths: Int[Tensor, " b"],
+        position_axes: dict[str, int],
+        kept: int | None = None,
+    ) -> None:
+        """
+        Args:
+            values: The tensors.
+            lengths: Real tokens of each prompt.
+            position_axes: Which axis of each tensor counts positions (queries).
+            kept: How many positions of each prompt were kept, if not all.
+        """
         super().__init__(values)
         self.lengths = lengths
+        self._position_axes = position_axes
+        self._kept = kept
 
     def tokens(self, address: str) -> Float[Tensor, " n *rest"]:
-        """All real tokens of a site, in order, without padding."""
-        value = self[address]
-        return torch.cat([value[row, : int(length)] for row, length in enumerate(self.lengths)])
+        """All real tokens of a site (all queries of a matrix over positions), in order, without padding."""
+        value = self[address].movedim(self._position_axes[address], 1)
+        counts = [value.shape[1]] * len(value) if self._kept is not None else self.lengths.tolist()
+        return torch.cat([value[row, :count] for row, count in enumerate(counts)])
 
 
 @dataclass
@@ -119,12 +138,12 @@ def capture(
         model: The model.
         prompts: What to run (see `prompts.encode`).
         sites: Addresses; ``"layers.*.ssm.gated"`` stands for every layer that has it.
-        positions: Keep only these of each prompt's tokens (ints, slice, ``"last"``); default all. For ``ssm.state``
-            this bounds the memory too.
+        positions: Keep only these of each prompt's tokens (ints, in the order given; slice, ``"last"``); default all.
+            For ``ssm.state`` this bounds the memory too. At a matrix over positions they are its queries.
         batch_size: Prompts per forward.
         device: Where the results go.
         out: Write one safetensors file per batch into this folder instead of keeping the results (address -> tensor,
-            and ``lengths``); the result then holds nothing but `lengths`.
+            and ``lengths``), which holds no such file yet; the result then holds nothing but `lengths`.
         remote: ``True``, ``"local"`` or a server's address: where to run.
         blocking: ``False`` sends all batches to the server and returns at once: a `Pending`.
         progress: Show a bar.
@@ -134,35 +153,44 @@ def capture(
 
     Raises:
         SiteNotFound: For a site that is not there.
-        BadInput: For prompts or positions that do not fit.
+        BadInput: For prompts or positions that do not fit, or a folder that holds other activations.
     """
     check_blocking(remote, blocking)
     addresses = resolve(model, sites)
+    if not addresses:
+        raise BadInput("sites names no site; give an address, or a list of them (print(model) lists them).")
+    if batch_size < 1:
+        raise BadInput(f"batch_size={batch_size}; capture at least 1 prompt a forward.")
     check_readable(model, addresses)
     batch = encode(model, prompts)
     chosen = None if positions is None else kept_indices(batch, positions)
     parts = [batch.rows(start, start + batch_size) for start in range(0, len(batch.input_ids), batch_size)]
     keeps = [None] * len(parts) if chosen is None else list(chosen.split(batch_size))
     pieces: list[dict[str, Tensor]] = []
+    if out is not None:
+        prepare_folder(Path(out))
 
     def receive(number: int, found: dict[str, Tensor]) -> None:
         """Put one batch where it belongs."""
         part = parts[number]
-        if keeps[number] is None:
-            found = {address: unpadded(model, part, address, value) for address, value in found.items()}
-        found = {address: value.to(device) for address, value in found.items()}
+        kept = keeps[number] is not None
+        found = {a: unpadded(model, part, a, value, kept).to(device) for a, value in found.items()}
         if out is None:
             pieces.append(found)
         else:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            shard = {address: value.contiguous() for address, value in found.items()}
-            save_file({**shard, "lengths": part.lengths}, Path(out) / f"{number:06d}.safetensors")
+            shard = apart({**found, "lengths": part.lengths})
+            save_file(shard, Path(out) / f"{number:06d}.safetensors")
 
     def finish(values: list[dict[str, Any]]) -> Activations:
         """All batches together."""
         for number, found in enumerate(values):
             receive(number, found["found"])
-        return Activations(joined(pieces), batch.lengths)
+        return collected(batch.lengths)
+
+    def collected(lengths: Tensor) -> Activations:
+        """What has been captured so far."""
+        axes = {address: axes_by_address(model, address).index("t") for address in addresses}
+        return Activations(joined(pieces), lengths, axes, None if chosen is None else chosen.shape[1])
 
     if not blocking:
         return Pending([submitted(model, p, addresses, k, remote) for p, k in zip(parts, keeps, strict=True)], finish)
@@ -171,7 +199,7 @@ def capture(
         try:
             receive(number, captured(model, part, addresses, keep, remote))
         except RemoteError as error:
-            error.partial = Activations(joined(pieces), batch.lengths[: number * batch_size])
+            error.partial = collected(batch.lengths[: number * batch_size])
             raise
     return finish([])
 
@@ -180,11 +208,13 @@ def captured(
     model: Model, batch: Batch, addresses: list[str], keep: Int[Tensor, "b k"] | None, remote: bool | str
 ) -> dict[str, Tensor]:
     """One forward's sites, as padded."""
-    plan, index, lengths, inputs, columns = prepared(model, batch, addresses, keep)
+    plan, columns, inputs, keep = prepared(model, batch, addresses, keep)
+    stops = not model.nn._edits  # what is held may want to reach sites that come later
     with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote) as tracer:
-            found = nnsight.save(run_plan(model, plan, index, lengths, False, columns))
-            tracer.stop()
+            found = nnsight.save(run_plan(model, plan, columns, keep))
+            if stops:
+                tracer.stop()
     return found
 
 
@@ -192,25 +222,30 @@ def submitted(
     model: Model, batch: Batch, addresses: list[str], keep: Int[Tensor, "b k"] | None, remote: bool | str
 ) -> Any:
     """As `captured`, sent off without waiting: the job's backend."""
-    plan, index, lengths, inputs, columns = prepared(model, batch, addresses, keep)
+    plan, columns, inputs, keep = prepared(model, batch, addresses, keep)
     with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote, blocking=False) as sent:
-            found = nnsight.save(run_plan(model, plan, index, lengths, False, columns))  # noqa: F841 (comes back by name)
+            found = nnsight.save(run_plan(model, plan, columns, keep))  # noqa: F841 (comes back by name)
     return sent.backend
 
 
 def prepared(model: Model, batch: Batch, addresses: list[str], keep: Int[Tensor, "b k"] | None) -> tuple:
     """What a capturing block refers to."""
     plan = [(address, [], True) for address in addresses]
-    columns = None if keep is None else keep + (batch.input_ids.shape[1] - batch.lengths)[:, None]
-    return plan, batch.index, batch.lengths, batch.inputs(model), columns
+    if keep is not None:
+        keep = keep + (batch.input_ids.shape[1] - batch.lengths)[:, None]
+    return plan, Columns(batch.index, batch.lengths), batch.inputs(model), keep
 
 
-def unpadded(model: Model, batch: Batch, address: str, value: Tensor) -> Tensor:
-    """A site's tensor with every prompt's tokens moved to the front, on each axis that counts positions."""
-    for axis, name in enumerate(axes_by_address(model, address)):
-        if name == "t":
-            value = batch.unpadded(value.transpose(1, axis)).transpose(1, axis)
+def unpadded(model: Model, batch: Batch, address: str, value: Tensor, kept: bool = False) -> Tensor:
+    """A site's tensor with every prompt's tokens moved to the front, on each axis that counts positions.
+
+    Args:
+        kept: Whether the first of them has been reduced to some positions, and is not padded any more.
+    """
+    axes = [axis for axis, name in enumerate(axes_by_address(model, address)) if name == "t"]
+    for axis in axes[1:] if kept else axes:
+        value = batch.unpadded(value.transpose(1, axis)).transpose(1, axis)
     return value
 
 
@@ -238,13 +273,35 @@ def padded_to(part: Tensor, sizes: list[int]) -> Tensor:
 def kept_indices(batch: Batch, positions: Positions) -> Int[Tensor, "b k"]:
     """Token indices to keep, the same number for every prompt."""
     chosen = select(positions, batch.index, batch.lengths)
+    if not isinstance(positions, (str, slice)) and not (torch.is_tensor(positions) and positions.dtype == torch.bool):
+        wanted = torch.tensor(listed(positions, batch.lengths))[None]  # in the order given, as often as given
+        return torch.where(wanted < 0, batch.lengths[:, None] + wanted, wanted)
     counts = chosen.sum(1)
-    if (counts != counts[0]).any() or counts[0] == 0:
+    if (counts != counts[0]).any():
         raise BadInput(
-            f"positions={positions!r} selects {counts.tolist()} tokens of the prompts; capture needs the same number, "
-            "at least one, of each. Capture all positions and index the result instead."
+            f"positions={positions!r} selects {counts.tolist()} tokens of the prompts; capture needs the same number "
+            "of each. Capture all positions and index the result instead."
         )
     return batch.index[chosen].reshape(len(chosen), -1)
+
+
+def prepare_folder(out: Path) -> None:
+    """A folder for activations, which must not mix with those of another run."""
+    if out.is_dir() and any(out.glob("*.safetensors")):
+        raise BadInput(f"{out} holds safetensors files of another run; give an empty folder, or remove them.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, which safetensors does not store."""
+    seen: set[int] = set()
+    out = {}
+    for name, value in tensors.items():
+        value = value.contiguous()
+        place = value.untyped_storage().data_ptr()
+        out[name] = value.clone() if place in seen else value
+        seen.add(place)
+    return out
 
 
 def check_readable(model: Model, addresses: list[str]) -> None:
@@ -308,56 +365,15 @@ def intervene(
     """
     check_blocking(remote, blocking)
     batch = encode(model, prompts)
-    plan = planned(model, interventions, resolve(model, sites) if sites else [])
-    index, lengths, inputs = batch.index, batch.lengths, batch.inputs(model)
+    asked = resolve(model, sites) if sites else []
 
     def finish(values: list[dict[str, Any]]) -> Result:
         """The result of the run with interventions and of the one without."""
-        found, base = values[0]["found"], values[1]["base"]
+        found, base = (value["found"] for value in values)
         logits = found["logits"]
-        moved = (logits.cpu().float() - base.cpu().float())[batch.attention_mask.bool()].norm().item()
-        wanted = {a: unpadded(model, batch, a, v) for a, v in found.items() if a != "logits" or "logits" in asked}
-        return Result(batch.unpadded(logits), wanted, moved, lengths)
+        moved = (logits.cpu().float() - base["logits"].cpu().float())[batch.attention_mask.bool()].norm().item()
+        wanted = {address: unpadded(model, batch, address, found[address]) for address in asked}
+        return Result(batch.unpadded(logits), wanted, moved, batch.lengths)
 
-    asked = set(resolve(model, sites)) if sites else set()
-    with lock_of(model), torch.no_grad():
-        with model.trace(**inputs, remote=remote, blocking=blocking) as changed:
-            found = nnsight.save(run_plan(model, plan, index, lengths, False))
-        with model.trace(**inputs, remote=remote, blocking=blocking) as plain:
-            base = nnsight.save(model.logits.detach())
-    if not blocking:
-        return Pending([changed.backend, plain.backend], finish)
-    return finish([{"found": found}, {"base": base}])
-
-
-def planned(
-    model: Model, interventions: Intervention | Knockout | Sequence[Intervention | Knockout], sites: Sequence[str]
-) -> list[tuple[str, list[Any], bool]]:
-    """Interventions and wanted sites in the order the model reaches them; logits are always wanted."""
-    items = [interventions] if isinstance(interventions, (Intervention, Knockout)) else list(interventions)
-    by_address: dict[str, list[Any]] = {}
-    for item in items:
-        for address in targets(model, item):
-            by_address.setdefault(address, []).append(item)
-    wanted = {*sites, "logits"}
-    return [(a, by_address.get(a, []), a in wanted) for a in model.sites if a in by_address or a in wanted]
-
-
-def targets(model: Model, item: Intervention | Knockout) -> list[str]:
-    """The addresses an intervention acts at.
-
-    Raises:
-        ReadOnlySite: For one that cannot be changed.
-    """
-    if isinstance(item, Knockout):
-        stem = item.site.removesuffix(".mixing").removesuffix(".y")
-        return resolve(model, f"{stem}.x")
-    if not isinstance(item, Intervention):
-        raise BadInput(f"An intervention is Set, Add, Scale, Ablate or Knockout, not {type(item).__name__}.")
-    addresses = resolve(model, item.site)
-    for address in addresses:
-        if address.endswith(".ssm.mixing"):
-            raise ReadOnlySite(
-                f"{address} cannot be written; use Knockout(sources, destinations), or write x, B, C or decay."
-            )
-    return addresses
+    runs = [forward(model, batch, items, a, remote, blocking) for items, a in ((interventions, asked), ((), ()))]
+    return finish([{"found": found} for found in runs]) if blocking else Pending(runs, finish)

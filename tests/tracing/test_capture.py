@@ -85,7 +85,7 @@ def test_positions_keep_those_of_each_prompt(mamba2: cb.Model, positions: Any) -
         # Matrices over positions keep the rows: what these positions read.
         rows_kept = own(mamba2, "layers.0.ssm.mixing", full["layers.0.ssm.mixing"][number], len(ids))[:, wanted]
         got = kept["layers.0.ssm.mixing"][number]
-        torch.testing.assert_close(got[..., -len(ids) :], rows_kept, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got[..., : len(ids)], rows_kept, rtol=1e-5, atol=1e-7)
 
 
 def test_a_mask_keeps_other_positions_of_every_prompt(mamba2: cb.Model) -> None:
