@@ -75,7 +75,7 @@ def flush() -> None:
 
 
 def handed_out(run: Any) -> list:
-    """What views have handed out in this run: [block's worker, tensor, address, version once the block has moved on]."""
+    """What views have handed out in this run: [worker, tensor, address, version once it has moved on]."""
     if not hasattr(run, "circuitbench_handed_out"):
         run.circuitbench_handed_out = []
     return run.circuitbench_handed_out
@@ -116,7 +116,7 @@ def check_sealed(mediator: Any) -> None:
         elif tensor._version != version:
             raise BadInput(
                 f"{address} was edited in place after the model had moved past it, so that the edit could not "
-                "reach the model; edit a site before you ask for a later one (or edit a .clone() of it, if that was not meant)."
+                "reach the model; edit a site before you ask for a later one (or, if that was not meant, a .clone() of it)."
             )
 
 
