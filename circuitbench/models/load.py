@@ -67,7 +67,8 @@ def load_model(
         remote: Leave the weights on the meta device; every trace then needs ``remote=True`` (or a server's address).
 
     Returns:
-        The model, in eval mode, its attention set to ``eager`` so that ``attn.pattern`` can be read.
+        The model, in eval mode, its attention set to ``eager`` so that ``attn.pattern`` can be read. Both are done to
+        the ``PreTrainedModel`` you hold, too.
 
     Raises:
         UnsupportedModel: If there is no map for the family, or the checkpoint cannot be represented.
@@ -94,6 +95,7 @@ def prepared(
     if isinstance(source, PreTrainedModel):
         hf = source
         architecture_of(hf.config)
+        hf.set_attn_implementation("eager")
     else:
         hf, tokenizer = from_name(os.fspath(source), tokenizer, dtype, revision, remote)
     hf: Any = hf
