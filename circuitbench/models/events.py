@@ -116,7 +116,7 @@ def check_sealed(mediator: Any) -> None:
         elif tensor._version != version:
             raise BadInput(
                 f"{address} was edited in place after the model had moved past it, so that the edit could not "
-                "reach the model; edit a site before you ask for a later one (or, if that was not meant, a .clone() of it)."
+                "reach the model; edit a site before you ask for a later one (or a .clone() of it)."
             )
 
 

@@ -53,7 +53,7 @@ class Firing:
         self.knockouts: list[dict[str, Any]] = []
         self.stale = False
         self.tracked = False
-        self.gate = call.gate
+        self.gate: Any = call.gate
         self.gated = call.gate is not None
         self.gate_taken = False
         self.y: Any = None
@@ -189,6 +189,7 @@ def composed(first: Any, rows: slice, value: Any) -> Any:
         if first is not None:
             state = first(state)
         part = state[rows]
-        return splice(state, rows, value(part) if callable(value) else value)
+        new: Any = value(part) if callable(value) else value
+        return splice(state, rows, new)
 
     return edit

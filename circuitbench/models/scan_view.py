@@ -232,7 +232,7 @@ class ScanRun:
     def settle(self) -> None:
         """Make what the block asked for true: replay if the recurrence was touched, publish if the output was."""
         firing = self.firing
-        if firing.y is None:
+        if not passed(self.input, self.occurrence):
             self.merge()
         elif any(edited(*self.held[name]) for name in self.held if name not in ("y", "gate")):
             raise self.too_late("an operand was edited in place")
