@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import nnsight
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -178,7 +179,7 @@ def from_cache(model: cb.Model, item: Any) -> torch.Tensor:
     name = "past_key_values" if hasattr(first, "past_key_values") else "cache_params"
     with hold(model, item), torch.no_grad():
         with model.trace(ids[:, 5:], **{name: first[name]}):
-            logits = model.logits.save()
+            logits: Any = nnsight.save(model.logits)
     return logits
 
 
