@@ -81,7 +81,7 @@ def check_heads(live: Live) -> None:
         prefix = f"layers.{layer}.attn"
         if not all(f"{prefix}.{name}" in live.addresses for name in ("q", "k", "v", "pattern", "z")):
             continue
-        base = live.run(heads, layer, "", 0, row, column)
+        base = live.run(heads, layer, "", 0, row, column)  # all of these have been read before
         groups = live.run(readings, [f"{prefix}.k"])["sites"][f"{prefix}.k"][0][2]
         head = min(1, groups - 1)
         for name in ("q", "k", "v", "pattern"):
@@ -137,4 +137,5 @@ def check_gates(live: Live) -> None:
                 value = one["gated"].double().abs()
                 others = torch.cat([value[..., : own[0]], value[..., own[1] :]], -1).max().item()
                 within = value[..., own[0] : own[1]].max().item()
-                live.note(f"{prefix}.gated", CHANNELS, others / within if within else torch.inf, live.tolerance, advice)
+                strayed = others / within if within else Failure("None of it is there")
+                live.note(f"{prefix}.gated", CHANNELS, strayed, live.tolerance, advice)

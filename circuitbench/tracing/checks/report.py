@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ class Row:
         check: What was verified.
         ok: Whether it holds; ``None`` where it could not be verified here.
         measured: The number, if it is one (differences are relative to the largest entry).
-        bound: What `measured` may be at most (at least, for "moves").
+        bound: What `measured` may be at most; where something is to move, what it has to exceed.
         advice: What to do if it failed; why not, if it was not verified; else empty.
     """
 
@@ -80,7 +81,11 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain types."""
-        return {"model": self.model, "ok": self.ok, **self.facts, "rows": [asdict(row) for row in self.rows]}
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:
+            if row["measured"] is not None and not math.isfinite(row["measured"]):
+                row["measured"] = str(row["measured"])  # JSON has no word for it
+        return {"model": self.model, "ok": self.ok, **self.facts, "rows": rows}
 
     def failures(self) -> list[str]:
         """One line for each thing that failed, layers that fail alike together."""
@@ -132,7 +137,8 @@ class CheckReport:
         if not found:
             return
         yield ""
-        yield f"{title:<18}{'shape':<24}" + "".join(f"{short:<12}" for short in COLUMNS.values()).rstrip()
+        yield title
+        yield f"{'':<18}{'shape':<24}" + "".join(f"{short:<12}" for short in COLUMNS.values()).rstrip()
         for name in names:
             cells = [cell(found.get((name, check), [])) for check in COLUMNS]
             shape = f"({', '.join(self.shapes[prefixes[0] + name])})" if prefixes[0] + name in self.shapes else ""
@@ -174,7 +180,8 @@ def number(row: Row) -> str:
     """What was measured and what is allowed, for one line."""
     if row.measured is None or row.bound is None:
         return ""
-    return f" ({row.measured:.1e}, allowed {row.bound:.1e})"
+    what = "wanted: more than" if "moves" in row.check else "allowed:"
+    return f" ({row.measured:.1e}; {what} {row.bound:.1e})"
 
 
 def cell(rows: list[Row]) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .live import Live
 
 EDITED = 3  # columns that an edit changes: the last ones
+TOGETHER = 200  # sites in one run, which keeps all of them in memory
 SAME = (
     "Writing back what was read has to change nothing: the layout must be undone exactly, and the location must be the "
     "tensor that the model goes on with."
@@ -27,14 +28,18 @@ IN_PLACE = "In place and by assignment differ: for a residual stream that is add
 
 def check_reading(live: Live) -> None:
     """Every site can be read, alone and with all others in the map's order; shapes are the map's; nothing moves."""
-    found = live.attempt(readings, live.addresses)
+    found = read_all(live, live.addresses)
     if isinstance(found, Failure):
         live.addresses = in_order(live, live.addresses)
-        found = live.run(readings, live.addresses)
-    moved = live.distance(found["logits"], live.base)
+        found = read_all(live, live.addresses)
+    if isinstance(found, Failure):
+        live.note("model", "reads, all sites together", found, None, "Each site holds alone; please report this.")
+        live.addresses = []
+        return
+    seen, moved = found
     sound = []
     for address in live.addresses:
-        advice = misfit(live, address, *found["sites"][address])
+        advice = misfit(live, address, *seen[address])
         if not advice and moved > live.exact:
             alone = live.moved(readings, [address])
             if isinstance(alone, Failure) or alone > live.exact:
@@ -43,6 +48,19 @@ def check_reading(live: Live) -> None:
         if not advice:
             sound.append(address)
     live.addresses = sound
+
+
+def read_all(live: Live, addresses: list[str]) -> tuple[dict[str, tuple], float] | Failure:
+    """Shape and finiteness of every site, read in order, and how far the logits moved."""
+    seen: dict[str, tuple] = {}
+    moved = 0.0
+    for start in range(0, max(1, len(addresses)), TOGETHER):
+        found = live.attempt(readings, addresses[max(0, start - 1) : start + TOGETHER])  # each run begins at the last
+        if isinstance(found, Failure):
+            return found
+        seen |= found["sites"]
+        moved = max(moved, live.distance(found["logits"], live.base))
+    return seen, moved
 
 
 def in_order(live: Live, addresses: list[str]) -> list[str]:
@@ -103,7 +121,10 @@ def one_by_one(
     advice: str,
     measure: Callable[[list[str]], float | Failure],
 ) -> None:
-    """Measure all sites in one run, and only if that fails each one alone."""
+    """Measure many sites in one run, and only if that fails each one alone."""
+    if len(addresses) > TOGETHER:
+        one_by_one(live, addresses[TOGETHER:], check, bound, advice, measure)
+        addresses = addresses[:TOGETHER]
     together = measure(addresses)
     holds = not isinstance(together, Failure) and together <= bound
     alone = [together if holds else measure([address]) for address in addresses]
@@ -135,7 +156,8 @@ def check_edits(live: Live) -> None:
             return moved
         _, layer, part, _ = address.split(".")
         if f"{layer}.{part}" not in replays:
-            replays[f"{layer}.{part}"] = live.run(same_states, [(int(layer), part)], 0)["logits"]
+            replay = live.attempt(same_states, [(int(layer), part)], 0)
+            replays[f"{layer}.{part}"] = live.base if isinstance(replay, Failure) else replay["logits"]
         return min(moved, relative(logits[where], replays[f"{layer}.{part}"][where]))
 
     for address in chosen:
