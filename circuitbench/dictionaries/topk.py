@@ -34,12 +34,12 @@ class TopK(Dictionary):
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_dict"]:
         """The activation of every feature, in the dictionary's dtype."""
         rows = self._checked(x).reshape(-1, self.d_in)
-        return self.encode_sparse(rows).to_dense().unflatten(0, x.shape[:-1])
+        return self.encode_sparse(rows).to_dense().reshape(*x.shape[:-1], self.d_dict)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction of x, in x's dtype."""
         rows = self._checked(x).reshape(-1, self.d_in)
-        return self.decode(self.encode_sparse(rows)).unflatten(0, x.shape[:-1]).to(x.dtype)
+        return self.decode(self.encode_sparse(rows)).reshape(*x.shape[:-1], self.d_out).to(x.dtype)
 
     def preactivations(
         self, x: Float[Tensor, "n d_in"], features: Int[Tensor, " some"] | None = None

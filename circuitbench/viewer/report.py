@@ -57,14 +57,34 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class PromptPair:
+    """Two prompts and what each makes likely; carried: the share of the difference that one state makes.
+
+    Probabilities are of `answer` after `clean`, and of `other_answer` after `corrupt`.
+    """
+
+    clean: str
+    answer: str
+    probability: Real
+    corrupt: str
+    other_answer: str
+    other_probability: Real
+    carried: Real
+
+
+@dataclass(frozen=True)
 class EffectMap:
-    """Effects on a metric over layers × positions; a layer that has no such site is None, not zeros."""
+    """Effects on a metric over layers × positions; a layer that has no such site is None, not zeros.
+
+    `lacks` is what such a layer lacks, as "state".
+    """
 
     title: str
     description: str
     unit: str
     tokens: Sequence[str]
     values: Grid
+    lacks: str = "state"
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,7 @@ class Report:
     checks: Sequence[SiteCheck] = ()
     training: Training | None = None
     evaluation: Evaluation | None = None
+    prompts: Sequence[PromptPair] = ()
     effects: Sequence[EffectMap] = ()
     features: Sequence[FeatureCard] = ()
     steering: Sequence[Steering] = ()
@@ -231,7 +252,7 @@ def _effect_figure(effect: EffectMap, layers: Sequence[str]) -> Figure:
         title=effect.title,
         caption=effect.description,
         unit=effect.unit,
-        absent=[f"no state: {kind} layer" for kind in layers],
+        absent=[f"no {effect.lacks}: {kind} layer" for kind in layers],
     )
 
 

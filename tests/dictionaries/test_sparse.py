@@ -40,6 +40,8 @@ def test_encode_and_forward_equal_the_dense_reference(tensors: dict[str, Tensor]
     stacked = x.unflatten(0, (4, 2, 5))
     torch.testing.assert_close(dictionary.encode(stacked), code.unflatten(0, (4, 2, 5)))
     torch.testing.assert_close(dictionary(stacked), dictionary(x).unflatten(0, (4, 2, 5)))
+    torch.testing.assert_close(dictionary.encode(x[3]), code[3])
+    torch.testing.assert_close(dictionary(x[3]), dictionary(x)[3])
 
 
 def test_gradients_equal_those_of_the_dense_reference(tensors: dict[str, Tensor]) -> None:

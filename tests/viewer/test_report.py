@@ -47,6 +47,7 @@ def small_report(token: str = "def") -> viewer.Report:
             },
         ),
         evaluation=viewer.Evaluation(token, [viewer.Metric("FVU", "0.12", token)], torch.linspace(0, 0.1, 50)),
+        prompts=[viewer.PromptPair(token, "yes", 0.812, token, "no", 0.5, 0.254)],
         effects=[viewer.EffectMap("Effects", token, "logits", [token, "\n"], [[0.5, -1.0], None, [0.0, 0.25]])],
         features=[
             viewer.FeatureCard(
@@ -75,6 +76,9 @@ def test_the_page_holds_every_number_it_was_given(tmp_path: Path) -> None:
     assert tree.all("h1")[0].text == "def"
     assert "4 March 2026, 05:06" in tree.text and "Took 1 min 15 s with circuitbench 0.1.0, torch 2.13.0." in tree.text
     assert "All 2 sites passed" in text_of(tree, "checks")
+    (pair,) = tree.all("table", class_="prompts")[0].all("tbody")[0].all("tr")
+    cells = [" ".join(cell.text.split()) for cell in pair.all("td")]
+    assert cells == ["def", "yes 81 %", "def", "no 50 %", "25 %"]
     marks = [cell.text for row in tree.all("table", class_="checks")[0].all("tr") for cell in row.all("td")]
     assert marks == ["✓", "✓", "–", "", "✓", "–", "–", "def"], (
         "tests a site does not have are neither passed nor failed"
