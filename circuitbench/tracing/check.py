@@ -23,6 +23,8 @@ from .checks.report import CheckReport, Row
 from .checks.scans import check_scans, check_states
 from .checks.sites import check_edits, check_identities, check_reading
 
+SMALL = 30_000_000  # parameters; at a dozen tokens, one thread is then as fast as several
+
 
 def check(
     model: Model | PreTrainedModel | str | os.PathLike[str],
@@ -68,7 +70,7 @@ def check(
         nn, name = nnsight_model(*prepared(model, device=device, dtype=dtype, remote=meta)), os.fspath(model)
     hf: PreTrainedModel = nn._module
     report = CheckReport(name or type(hf).__name__)
-    with fitting_kernels(hf, report):
+    with fitting_kernels(hf, report), few_threads(hf):
         rows, architecture = missing(nn, architecture_of(hf.config))
         report.rows += rows
         if architecture is None:
@@ -144,6 +146,18 @@ def fitting_kernels(hf: PreTrainedModel, report: CheckReport) -> Iterator[None]:
     finally:
         for name, function in installed.items():
             setattr(module, name, function)
+
+
+@contextlib.contextmanager
+def few_threads(hf: PreTrainedModel) -> Iterator[None]:
+    """One thread for a small model: on a busy machine, threads that wait for each other take ten times as long."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in hf.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def check_forward(live: Live) -> None:
