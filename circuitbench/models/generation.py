@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BadInput
-from .jobs import Pending, check_blocking
+from .jobs import Pending, check_place
 from .lock import lock_of
 from .prompts import check_padding, encode
 
@@ -61,7 +61,7 @@ def generate_text(
         settings |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p if top_p is not None else 1.0}
     if num_beams > 1:
         settings["num_beams"] = num_beams
-    check_blocking(remote, blocking)
+    check_place(model, remote, blocking)
     batch = encode(model, prompts)
     check_padding(model, batch)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}

@@ -10,6 +10,7 @@ from .remote import wait
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .model import Model
     from .remote import JobBackend
 
 T = TypeVar("T")
@@ -61,9 +62,20 @@ class Pending(Generic[T]):
         return f"<pending: jobs {', '.join(self.job_ids)}; .result() waits>"
 
 
-def check_blocking(remote: bool | str, blocking: bool) -> None:
-    """``blocking=False`` means something only where the work happens elsewhere."""
-    if not blocking and remote in (False, "local"):
+def check_place(model: Model, remote: bool | str, blocking: bool = True) -> None:
+    """Whether the work can be done where it is asked for.
+
+    Raises:
+        BadInput: For a model without weights here, and for ``blocking=False``, which needs a server.
+    """
+    if remote not in (False, "local"):
+        return
+    if model.device.type == "meta":
+        raise BadInput(
+            "This model was loaded with remote=True, so its weights are not here; run with remote=True (or a server's "
+            "address), or load it without remote=True."
+        )
+    if not blocking:
         raise BadInput(
             f"blocking=False needs a server: remote=True or its address; with remote={remote!r} the work is done here, "
             "before the call returns."

@@ -11,9 +11,17 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from nnsight import TransformersModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..architectures import ARCHITECTURES, Architecture, architecture_of
+from ..architectures.base import find_module
 from ..errors import BadInput, UnsupportedModel, VersionMismatch
 from . import kernels, raw_checkpoints, remote, zoo
 from .binding import Binder
@@ -94,17 +102,66 @@ def prepared(
     dtype = as_dtype(dtype)
     if isinstance(source, PreTrainedModel):
         hf = source
-        architecture_of(hf.config)
+        check_whole(hf)
         hf.set_attn_implementation("eager")
-    else:
+    elif isinstance(source, (str, os.PathLike)):
         hf, tokenizer = from_name(os.fspath(source), tokenizer, dtype, revision, remote)
+    else:
+        raise BadInput(f"load_model takes a Hub id, a folder or a PreTrainedModel, not {type(source).__name__}.")
     hf: Any = hf
     if device is not None and not remote:
-        hf = hf.to(device)
+        hf = moved(hf, device)
     if isinstance(source, PreTrainedModel) and dtype is not None:
         hf = hf.to(dtype)
-    found: Any = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    return hf.eval(), found
+    return hf.eval(), tokenizer_of(tokenizer)
+
+
+def check_whole(hf: PreTrainedModel) -> None:
+    """Refuse a module that a map does not fit: another family, or one without its unembedding.
+
+    Raises:
+        UnsupportedModel: Saying which.
+    """
+    architecture = architecture_of(hf.config)
+    for path in (architecture.layers, architecture.unembed):
+        if find_module(hf, path) is None:
+            raise UnsupportedModel(
+                f"{type(hf).__name__} has no {path!r}, which the map for {architecture.model_type!r} names; load the "
+                "family's whole language model (its ...ForCausalLM class)."
+            )
+
+
+def moved(hf: Any, device: str | torch.device) -> Any:
+    """The module on a device.
+
+    Raises:
+        BadInput: If there is no such device here.
+    """
+    try:
+        return hf.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"The model cannot be put on device={device!r}: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_of(tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedTokenizerBase | None:
+    """A tokenizer, or the one of that name.
+
+    Raises:
+        BadInput: If there is none of that name, or it is none.
+    """
+    if isinstance(tokenizer, str):
+        try:
+            return AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            raise BadInput(
+                f"Could not load a tokenizer from {tokenizer!r} ({type(error).__name__}); give a folder that holds "
+                "one, a Hub id while there is a network, or a tokenizer you hold."
+            ) from error
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise BadInput(
+            f"tokenizer= is a tokenizer of transformers, or where to load one, not {type(tokenizer).__name__}."
+        )
+    return tokenizer
 
 
 def nnsight_model(
@@ -118,6 +175,10 @@ def nnsight_model(
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     if hf.device.type == "meta":
         options["device"] = "meta"  # else nnsight's pipeline moves the weights, and there are none
+    if not hf.can_generate():
+        raise UnsupportedModel(
+            f"{type(hf).__name__} cannot generate; its class has to derive from transformers' GenerationMixin as well."
+        )
     return TransformersModel(hf, tokenizer=tokenizer, task="text-generation", **options)
 
 
@@ -157,7 +218,7 @@ def from_name(
             return raw_checkpoints.load(name, revision, dtype or torch.float32, remote), tokenizer or own_tokenizer(
                 name
             )
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = read_config(name, revision)
         architecture_of(config)
         settings: dict[str, Any] = {"dtype": dtype or torch.float32, "attn_implementation": "eager"}
         if remote:
@@ -173,6 +234,21 @@ def from_name(
             f'"zoo:<name>" ({", ".join(zoo.names())}), or "random:<model_type>".'
         ) from error
     return hf, tokenizer or own_tokenizer(name, revision)
+
+
+def read_config(name: str, revision: str | None) -> PretrainedConfig:
+    """transformers' configuration of a checkpoint.
+
+    Raises:
+        BadInput: If there is no configuration that it knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except ValueError as error:
+        raise BadInput(
+            f"{name!r} has no config.json of a model that transformers {transformers.__version__} knows; give what "
+            "save_pretrained has written."
+        ) from error
 
 
 def own_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:

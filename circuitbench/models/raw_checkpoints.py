@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..errors import UnsupportedModel
+from ..errors import BadInput, UnsupportedModel
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -37,7 +37,10 @@ def fetch(source: str, file: str, revision: str | None) -> Path | None:
 def read_config(source: str, revision: str | None) -> dict[str, Any] | None:
     """The config.json, or ``None`` if there is none."""
     path = fetch(source, "config.json", revision)
-    return None if path is None else json.loads(path.read_text())
+    try:
+        return None if path is None else json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} is not JSON ({error}).") from error
 
 
 def is_raw(source: str, revision: str | None = None) -> bool:
@@ -112,9 +115,19 @@ def load(source: str, revision: str | None, dtype: torch.dtype, remote: bool) ->
         hf.name_or_path = source
         return hf
     state = read_weights(source, revision)
+    if "backbone.embedding.weight" not in state:
+        raise UnsupportedModel(
+            f"The weights in {source!r} have no backbone.embedding.weight, so they are not the original code's."
+        )
     config = converted(raw, state["backbone.embedding.weight"].shape[0])
     hf = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    missing, unexpected = hf.load_state_dict(state, strict=False)
+    try:
+        missing, unexpected = hf.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # of other shapes
+        raise UnsupportedModel(
+            f"The weights in {source!r} do not have the shapes its config.json gives a {config.model_type} of "
+            f"d_model={config.hidden_size}."
+        ) from error
     missing = [key for key in missing if key != "lm_head.weight" or not config.tie_word_embeddings]
     if missing or unexpected:
         raise UnsupportedModel(

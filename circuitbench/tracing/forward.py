@@ -9,6 +9,7 @@ import nnsight
 import torch
 
 from ..errors import BadInput, ReadOnlySite
+from ..models.jobs import check_place
 from ..models.lock import lock_of
 from .addresses import resolve
 from .apply import run_plan
@@ -34,6 +35,7 @@ def forward(
         The logits and the sites asked for, by address, columns as padded in the batch; with ``blocking=False``, the
         backend that fetches them (as ``found``).
     """
+    check_place(model, remote, blocking)
     plan = planned(model, interventions, sites)
     columns, inputs = Columns(batch.index, batch.lengths), batch.inputs(model)
     with lock_of(model), torch.no_grad():

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ..errors import BadInput, RemoteError
-from ..models.jobs import Pending, check_blocking
+from ..models.jobs import Pending, check_place
 from ..models.lock import lock_of
 from ..models.prompts import Batch, encode
 from .addresses import axes_by_address, resolve
@@ -155,7 +155,7 @@ def capture(
         SiteNotFound: For a site that is not there.
         BadInput: For prompts or positions that do not fit, or a folder that holds other activations.
     """
-    check_blocking(remote, blocking)
+    check_place(model, remote, blocking)
     addresses = resolve(model, sites)
     if not addresses:
         raise BadInput("sites names no site; give an address, or a list of them (print(model) lists them).")
@@ -363,7 +363,7 @@ def intervene(
         ReadOnlySite: For a site that cannot be changed that way.
         BadInput: For positions, heads or shapes that do not fit.
     """
-    check_blocking(remote, blocking)
+    check_place(model, remote, blocking)
     batch = encode(model, prompts)
     asked = resolve(model, sites) if sites else []
 
