@@ -98,7 +98,6 @@ class Architecture:
         final_norm: Path of the norm before the unembedding.
         unembed: Path of the unembedding.
         embed: Where what enters layer 0 lives, relative to the model.
-        residual_scale: Attribute of a layer by which every branch is multiplied before it is added, if any.
         random_config: Arguments of a tiny configuration for ``load_model("random:<model_type>")``.
     """
 

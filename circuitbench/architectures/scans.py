@@ -28,7 +28,6 @@ class Call:
         D: Skip weights, or ``None``.
         initial_state: The state before the first position, or ``None`` for zeros.
         gate: The gate, canonical ``(b, t, d_inner)``, if the function applies it itself; else ``None``.
-        gate_key: Keyword under which the function was given the gate.
         returns_state: Whether the function returns ``(y, final_state)`` rather than ``y``.
         cache: The cached state tensor that the function updates in place, if it does.
         dtype: What y has to be cast to.
@@ -79,7 +78,6 @@ class Scan:
         recurrence: Key into ``circuitbench.recurrences.RECURRENCES``.
         sequence: nnsight's name of the operation that runs a whole sequence.
         step: nnsight's name of the operation that runs one token from a cached state.
-        heads: The operand whose axis 2 counts heads, or ``None`` where channels take their place (S6).
         write_follows_state: Whether what a step adds depends on the state before it.
     """
 
