@@ -6,6 +6,7 @@ the model it runs on.
 
 from __future__ import annotations
 
+import platform
 import random
 import time
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def texts(path: str | None, size: Size) -> tuple[list[str], list[str], str]:
         train, held_out = corpus.split()
         random.Random(0).shuffle(train)
         random.Random(0).shuffle(held_out)
-        what = "the Python standard library's sources and documentation; held-out documents"
+        what = f"Python {platform.python_version()}'s standard library, judged on documents held out"
         return cut([d.text for d in train], size.train), cut([d.text for d in held_out], size.held_out), what
     try:
         whole = Path(path).read_text(encoding="utf-8")
@@ -151,7 +152,11 @@ def texts(path: str | None, size: Size) -> tuple[list[str], list[str], str]:
     if len(whole) < 10_000:
         raise BadInput(f"--text {path} has {len(whole)} characters; a dictionary needs at least 10,000 to learn from.")
     border = int(0.8 * len(whole))
-    return [whole[:border][: size.train]], [whole[border:][: size.held_out]], f"{Path(path).name}; its last fifth"
+    return (
+        [whole[:border][: size.train]],
+        [whole[border:][: size.held_out]],
+        f"{Path(path).name}, judged on its last fifth",
+    )
 
 
 def cut(documents: list[str], n: int, longest: int = 20_000) -> list[str]:

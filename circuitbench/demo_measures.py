@@ -262,8 +262,8 @@ def continued(model: Model, prompt: str, change: Add) -> tuple[str, str]:
 
 
 def telling(examples: FeatureExamples, n: int) -> list[int]:
-    """Features that are rare, and strong in several places of the text: the first to look at."""
-    rare = (examples.density > 2e-4) & (examples.density < 0.03)
+    """Features that are rare, and strong in several places of the text, not at the beginning of a window."""
+    rare = (examples.density > 2e-4) & (examples.density < 0.03) & (examples.positions.median(1).values > 3)
     strength = examples.values.min(1).values * rare
     return strength.topk(min(4 * n, len(strength))).indices[::4].tolist()
 

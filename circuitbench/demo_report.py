@@ -13,13 +13,23 @@ from .circuits import Effect, EffectMap
 from .dictionaries import Evaluation
 from .errors import BadInput
 from .tracing.checks.report import COLUMNS
-from .viewer.text import glyphs, number
+from .viewer.text import number, running
 
 if TYPE_CHECKING:
     from .demo import Findings
     from .demo_measures import Measured
 
 PARTS = {"ssm.out": "recurrent mixer", "attn.out": "attention", "mlp.out": "MLP"}
+ELSE = "For contrast, the last pair. "
+SITES = {
+    "ssm.state": (
+        "State",
+        "Each cell is a run: the state after that token, in that layer, is the other prompt's, and all that follows is "
+        "computed from it.",
+    ),
+    "mlp.out": ("MLP", "What the layer's MLP adds at that token is the other prompt's."),
+}
+MIXER = "Token mixer", "What the layer's mixer, recurrent or attention, adds at that token is the other prompt's."
 MIXERS = {"ssm": "recurrent mixer", "attention": "attention"}
 
 
@@ -48,10 +58,7 @@ def report_of(findings: Findings) -> viewer.Report:
         },
         checks=site_checks(findings),
         prompts=[prompt_pair(one) for one in findings.contrasts],
-        effects=[
-            *(effect_map(one, findings.main) for one in findings.maps),
-            *(effect_map(one, findings.other, "For contrast. ") for one in findings.other_maps),
-        ],
+        effects=effect_maps(findings),
         training=viewer.Training(
             f"A TopK autoencoder with {dictionary.settings['k']} of {dictionary.d_dict:,} features active on a token, "
             f"trained on what {findings.site} holds at {findings.n_tokens:,} tokens of text.",
@@ -73,12 +80,12 @@ def report_of(findings: Findings) -> viewer.Report:
 
 def percent(share: float) -> str:
     """A share as a whole number of percent."""
-    return f"{round(100 * share)} %"
+    return f"{round(100 * share)} %" if share == 0 or share >= 0.005 else "less than 1 %"
 
 
 def quoted(text: str) -> str:
     """A piece of a prompt as it is shown in a sentence."""
-    return f"“{glyphs(text.strip(' '))}”"
+    return f"“{running(text.strip(' '))}”"
 
 
 def summary(findings: Findings) -> list[str]:
@@ -95,8 +102,8 @@ def summary(findings: Findings) -> list[str]:
         f"travels in the recurrent state: the other prompt's state, put in at one position of layer {state.layer}, "
         f"makes {percent(main.carried)} of the difference.",
         f"Not everything travels so. In {quoted(other.contrast.clean)}, where {quoted(other.contrast.answer)} comes "
-        f"next, no state makes more than {percent(abs(other.carried))} of it; of what is read at the last token, "
-        f"{reader} makes most, {percent(read)}.",
+        f"next, the strongest state makes {percent(abs(other.carried))}; at the last token, {reader} makes "
+        f"{percent(read)}.",
         f"A dictionary of {findings.training.dictionary.d_dict:,} features leaves {percent(evaluation.fvu)} of the "
         f"variance of {findings.site} unexplained. Running on it costs the model {number(costs[0])} nats a token, "
         f"doing without the site {number(costs[1])}. Its feature {steering.feature} is one on which the "
@@ -136,34 +143,48 @@ def prompt_pair(one: Measured) -> viewer.PromptPair:
     """A row of the table of prompts."""
     contrast = one.contrast
     return viewer.PromptPair(
-        contrast.clean, contrast.answer, one.answered[0], contrast.corrupt, contrast.wrong, one.answered[1], one.carried
+        contrast.clean.strip(" "),
+        contrast.answer,
+        one.answered[0],
+        contrast.corrupt.strip(" "),
+        contrast.wrong,
+        one.answered[1],
+        one.carried,
     )
 
 
-def effect_map(effects: EffectMap, one: Measured, lead: str = "") -> viewer.EffectMap:
+def effect_maps(findings: Findings) -> list[viewer.EffectMap]:
+    """The heat maps of both prompts; those of one site in colours of one scale, the share of the whole difference."""
+    pairs = [(findings.main, findings.maps), (findings.other, findings.other_maps)]
+    shares: dict[str, float] = {}
+    for one, maps in pairs:
+        for effects in maps:
+            share = abs(effects.top(1)[0].value / (one.donor - one.base))
+            shares[effects.site] = max(share, shares.get(effects.site, 0.0))
+    return [
+        effect_map(
+            effects, one, shares[effects.site] * abs(one.donor - one.base), lead="" if one is pairs[0][0] else ELSE
+        )
+        for one, maps in pairs
+        for effects in maps
+    ]
+
+
+def effect_map(effects: EffectMap, one: Measured, largest: float, lead: str) -> viewer.EffectMap:
     """A heat map and what to see in it."""
-    contrast, best = one.contrast, effects.top(1)[0]
-    what = {"ssm.state": "The state", "mlp.out": "What the MLP adds"}.get(effects.site, "What the token mixer adds")
+    best = effects.top(1)[0]
+    what, done = SITES.get(effects.site, MIXER)
+    share = f", {percent(abs(best.value / (one.donor - one.base)))} of the difference between the prompts"
     if effects.donor is None:
-        title = f"{what} set to zero"
-        done = f"{what} of one layer is set to zero after one token of {quoted(contrast.clean)}"
-    else:
-        title = f"{what}, from the other prompt"
-        done = f"{what} at one layer and one token of {quoted(contrast.clean)} is that of {quoted(contrast.corrupt)}"
-    share = (
-        "" if effects.donor is None else f", {percent(best.value / (effects.donor - effects.base))} of the difference"
-    )
+        what, done, share = "State set to zero", "The same with zeros in the place of the state.", ""
     return viewer.EffectMap(
-        title=lead + title,
-        description=(
-            f"{done}; all that follows is computed from it. The preference for {quoted(contrast.answer)} over "
-            f"{quoted(contrast.wrong)} is {number(effects.base)} without, and changes most "
-            f"({number(best.value)}{share}) at layer {best.layer}, token {best.position}, {quoted(best.token)}."
-        ),
-        unit=f"change of: {effects.metric}",
+        title=lead + what,
+        description=f"{done} Largest: {number(best.value)} at layer {best.layer}, after {quoted(best.token)}{share}.",
+        unit=f"change of the {effects.metric}, {number(effects.base)} unchanged",
         tokens=effects.tokens,
         values=effects.values,
         lacks={"ssm.state": "state", "mlp.out": "MLP"}.get(effects.site, effects.site),
+        largest=largest,
     )
 
 
@@ -182,7 +203,7 @@ def metrics(evaluation: Evaluation) -> list[viewer.Metric]:
             "FVU", f"{evaluation.fvu:.3f}", "squared error of the reconstruction, as a share of the variance"
         ),
         viewer.Metric("L0", f"{evaluation.l0:.1f}", "features active on a token, the mean"),
-        viewer.Metric("dead", f"{evaluation.dead_share:.1%}", "features active on no token of this text"),
+        viewer.Metric("dead", f"{100 * evaluation.dead_share:.1f} %", "features active on no token of this text"),
         viewer.Metric("CE clean", f"{evaluation.ce_clean:.3f}", "the model's loss, nats a token"),
         viewer.Metric(
             "CE spliced", f"{evaluation.ce_spliced:.3f}", "its loss with the site replaced by its reconstruction"

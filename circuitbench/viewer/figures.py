@@ -34,6 +34,7 @@ def heatmap(
     row_label: str = "layer",
     column_label: str = "position",
     absent: str | Sequence[str] = "no state",
+    largest: Real | None = None,
 ) -> Figure:
     """Signed values over rows × columns, on a scale centred at 0.
 
@@ -48,9 +49,11 @@ def heatmap(
         row_label: what a row is.
         column_label: what a column is.
         absent: the words shown in a row without values; one for all, or one a row.
+        largest: the absolute value of full colour, where maps share a scale; that of the largest value if not given.
 
     Raises:
-        BadInput: the numbers of rows and columns do not fit the values, or none of them is finite.
+        BadInput: the numbers of rows and columns do not fit the values, none of them is finite, or one is beyond
+            `largest`.
     """
     grid = [None if row is None else [_gap(v) for v in as_list(row)] for row in as_list(values)]
     grid = [None if row is None or all(v is None for v in row) else row for row in grid]
@@ -62,7 +65,9 @@ def heatmap(
     shown = [abs(v) for row in grid if row for v in row if v is not None]
     if not shown or not all(map(math.isfinite, shown)):
         raise BadInput(f"heatmap {title!r} needs at least one value, and all of them finite.")
-    largest = max(shown)
+    if largest is not None and not max(shown) <= largest * (1 + 1e-6):
+        raise BadInput(f"heatmap {title!r} has {max(shown):g}, beyond largest={largest:g}, the value of full colour.")
+    largest = max(shown) if largest is None else largest
     head = Markup("").join(Markup('<th scope="col"><span>{}</span></th>').format(glyphs(column)) for column in columns)
     words = [absent] * len(grid) if isinstance(absent, str) else list(absent)
     body = Markup("").join(

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from circuitbench.viewer import figures
 from circuitbench.viewer.figures import Figure, Grid, Numbers
-from circuitbench.viewer.text import Real, glyphs, number
+from circuitbench.viewer.text import Real, glyphs, number, running
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PromptPair:
 class EffectMap:
     """Effects on a metric over layers × positions; a layer that has no such site is None, not zeros.
 
-    `lacks` is what such a layer lacks, as "state".
+    `lacks` is what such a layer lacks, as "state"; `largest` the value of full colour, where maps share a scale.
     """
 
     title: str
@@ -85,6 +85,7 @@ class EffectMap:
     tokens: Sequence[str]
     values: Grid
     lacks: str = "state"
+    largest: Real | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "glyphs": glyphs, "duration": _duration}
+    environment.filters |= {"number": number, "glyphs": glyphs, "running": running, "duration": _duration}
     return environment.get_template("report.html.j2").render(
         report=report,
         css=Markup(figures.stylesheet() + _source(environment, "report.css")),
@@ -253,6 +254,7 @@ def _effect_figure(effect: EffectMap, layers: Sequence[str]) -> Figure:
         caption=effect.description,
         unit=effect.unit,
         absent=[f"no {effect.lacks}: {kind} layer" for kind in layers],
+        largest=effect.largest,
     )
 
 
