@@ -108,6 +108,7 @@ def run_demo(*, fast: bool, model: str, text: str | None, out: Path, progress: b
     size = FAST if fast else FULL
     training_text, held_out, described = texts(text, size)
     loaded = load_model(model)
+    check_reads_text(loaded, model)
     layer = last_scan(loaded, model)
     site = f"layers.{layer}.ssm.gated"
     checked = check(loaded, progress=progress).raise_if_failed()
@@ -167,6 +168,14 @@ def cut(documents: list[str], n: int, longest: int = 20_000) -> list[str]:
             out.append(document[: min(longest, n)])
             n -= len(out[-1])
     return out
+
+
+def check_reads_text(model: Model, name: str) -> None:
+    """A tokenizer of whole words, or of token ids, has no tokens for most of a text."""
+    assert model.tokenizer is not None  # `load_model` gives every model one
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
+    if backend is not None and type(backend.model).__name__ == "WordLevel":
+        raise BadInput(f"{name} reads words of its own, not text; the demo needs a language model and its tokenizer.")
 
 
 def last_scan(model: Model, name: str) -> int:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..errors import BadInput
 from ..models.id_tokenizer import NAME as IDS_ONLY
-from ..models.prompts import encode
+from ..models.prompts import encode, tokenize
 from ..tracing import capture, resolve
 from ..tracing.addresses import axes_by_address
 from ..tracing.forward import forward
@@ -331,7 +331,10 @@ def tokens_of(model: Model, text: Text) -> Tensor:
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids: list[int] = []
     for piece in pieces:
-        new = tokenizer(piece, verbose=False)["input_ids"] if piece else []  # verbose: documents longer than a context
+        if tokenizer.name_or_path == IDS_ONLY:
+            new = tokenize(model, piece)
+        else:
+            new = tokenizer(piece, verbose=False)["input_ids"] if piece else []  # longer than a context is no warning
         ids += [*(separator if ids and new else []), *new]
     if not ids:
         raise BadInput("The text has no tokens; give some text.")
