@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import BadInput
-from .events import notes, own_rows, read_whole, seal, waiting, wanted, write_back, write_whole
+from .events import notes, own_rows, read_whole, seal, waiting, wanted, worker, write_back, write_whole
 from .spots import edited, instrument, matching, splice, version_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Pattern:
 
     def places(self) -> tuple[str, str]:
         """Locations of the attention operation's input and output."""
-        instrument(self.instrument)
+        worker(self.address)
+        instrument(self.instrument, self.address)
         operation = f"{self.envoy.path}.source.{OPERATION}"
         return f"{operation}.input", f"{operation}.output"
 
@@ -42,7 +43,7 @@ class Pattern:
         if held is not None and held[0] is waiting(after) and held[0].occurrence == occurrence:
             return held[1]
         values = self.values(before, after, occurrence)
-        weights = self.weights(read_whole(after))
+        weights = self.weights(read_whole(after, self.address))
         rows = own_rows(after, len(weights))
         tracked = torch.is_grad_enabled() and weights.requires_grad
         view = weights[rows].clone()
@@ -61,7 +62,7 @@ class Pattern:
         """Replace the pattern: each head's output becomes `value` times the values it attends to."""
         before, after = self.places()
         values = self.values(before, after, wanted(after))
-        weights = self.weights(read_whole(after))
+        weights = self.weights(read_whole(after, self.address))
         rows = own_rows(after, len(weights))
         value = matching(value, weights[rows], self.address)
         changed = not torch.equal(value, weights[rows])
@@ -72,7 +73,7 @@ class Pattern:
         """The values that the pattern weighs, `(b, kv_heads, t, p)`, kept from the operation's input."""
         seen, key = notes(before), (before, occurrence)
         if key not in seen:
-            seen[key] = read_whole(before)[0][3]
+            seen[key] = read_whole(before, self.address)[0][3]
         return seen[key]
 
     def weights(self, output: tuple) -> Tensor:

@@ -24,6 +24,7 @@ from ..errors import BadInput
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from nnsight.intervention.envoy import Envoy
     from torch import Tensor
 
 LATEST = 1024  # tensors whose late edits are noticed
@@ -45,7 +46,7 @@ def worker(location: str) -> Any:
     try:
         mediator = Mediator.current(location)
     except ValueError:
-        raise ValueError(
+        raise BadInput(
             f"{location} can only be read or written while the model runs: inside `with model.trace(prompt):` "
             "or `with model.generate(prompt):`."
         ) from None
@@ -156,6 +157,20 @@ def passed(location: str, occurrence: int) -> bool:
     return worker(location).occurrence(location) > occurrence
 
 
+def before(location: str, address: str) -> None:
+    """Refuse to ask for `address` when the model has moved past this location."""
+    if passed(location, wanted(location)):
+        raise BadInput(
+            f"{address}: the model had moved past it when it was asked for; ask for sites in the order in which the "
+            "model reaches them (print(model) lists them so)."
+        )
+
+
+def instrumented(envoy: Envoy) -> bool:
+    """Whether nnsight offers the operations inside this module's forward, from the next time it runs."""
+    return bool(envoy._module.__dict__["__nnsight__"].sourced)
+
+
 def own_rows(location: str, size: int) -> slice:
     """The rows of the batch that belong to the running block (all of them, unless several invokes share the run).
 
@@ -173,10 +188,11 @@ def own_rows(location: str, size: int) -> slice:
     return slice(group[0] * copies, (group[0] + group[1]) * copies)
 
 
-def read_whole(location: str) -> Any:
-    """The value at `location`, for the whole batch."""
+def read_whole(location: str, address: str = "") -> Any:
+    """The value at `location`, for the whole batch; `address` is the site it is wanted for, for errors."""
     mediator = worker(location)
     flush()
+    before(location, address or location)
     group, mediator.batch_group = mediator.batch_group, None
     try:
         return Mediator.value(location)

@@ -11,7 +11,7 @@ import torch
 from ..errors import BadInput
 from .jobs import Pending, check_place
 from .lock import lock_of
-from .prompts import check_padding, encode
+from .prompts import check_length, check_padding, encode
 
 if TYPE_CHECKING:
     from .model import Model
@@ -52,7 +52,17 @@ def generate_text(
     """
     if max_new_tokens < 1:
         raise BadInput(f"max_new_tokens={max_new_tokens}; ask for at least 1.")
-    if temperature < 0 or (temperature == 0 and (top_k is not None or top_p is not None)):
+    if (
+        temperature < 0
+        or num_beams < 1
+        or (top_k is not None and top_k < 1)
+        or (top_p is not None and not 0 < top_p <= 1)
+    ):
+        raise BadInput(
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}, num_beams={num_beams}: temperature is 0 or "
+            "more, top_k and num_beams are 1 or more, and top_p is above 0 and at most 1."
+        )
+    if temperature == 0 and (top_k is not None or top_p is not None):
         raise BadInput(f"temperature={temperature}: sampling with top_k or top_p needs a temperature above 0.")
     if num_beams > 1 and temperature > 0:
         raise BadInput("Beam search takes the most likely continuation; leave temperature at 0, or num_beams at 1.")
@@ -64,6 +74,8 @@ def generate_text(
     check_place(model, remote, blocking)
     batch = encode(model, prompts)
     check_padding(model, batch)
+    longest = batch.input_ids.shape[1] + max_new_tokens
+    check_length(model, longest, f"With max_new_tokens={max_new_tokens}, the longest prompt becomes")
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
 
     def finish(values: list[dict[str, Any]]) -> str | list[str]:

@@ -114,13 +114,11 @@ def encode(model: Model, prompts: Prompts) -> Batch:
     if not rows:
         raise BadInput("There are no prompts; give a string, a list of strings, or token ids of shape (b, t).")
     vocabulary = model.hf.config.get_text_config().vocab_size
-    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(rows):
         where = f"Prompt {number}" if len(rows) > 1 else "The prompt"
         if not row:
             raise BadInput(f"{where} has no tokens; give at least one token.")
-        if limit is not None and takes_position_ids(model) and len(row) > limit:
-            raise BadInput(f"{where} has {len(row)} tokens, and this model takes {limit} (max_position_embeddings).")
+        check_length(model, len(row), f"{where} has")
         if min(row) < 0 or max(row) >= vocabulary:
             raise BadInput(
                 f"{where} has token ids from {min(row)} to {max(row)}; the vocabulary is 0 to {vocabulary - 1}."
@@ -130,6 +128,13 @@ def encode(model: Model, prompts: Prompts) -> Batch:
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return Batch(ids, mask)
+
+
+def check_length(model: Model, length: int, what: str) -> None:
+    """Refuse more tokens than the model has positions for."""
+    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and takes_position_ids(model) and length > limit:
+        raise BadInput(f"{what} {length} tokens, and this model takes {limit} (max_position_embeddings).")
 
 
 def pad_id(model: Model) -> int:

@@ -12,9 +12,11 @@ from einops import rearrange
 
 from ..errors import BadInput, ReadOnlySite
 from .events import (
+    before,
     follows,
     forget,
     hand_out,
+    instrumented,
     notes,
     own_rows,
     passed,
@@ -22,6 +24,7 @@ from .events import (
     seal,
     waiting,
     wanted,
+    worker,
     write_back,
     write_whole,
 )
@@ -73,9 +76,11 @@ def visit(part: Envoy, address: str) -> Visit:
     return seen[location]
 
 
-def instrument(envoys: list[Envoy]) -> None:
-    """Let nnsight instrument these modules' forwards, so that operations inside them can be parked at."""
+def instrument(envoys: list[Envoy], address: str) -> None:
+    """Let nnsight instrument these modules' forwards, so that operations inside them can be parked at for `address`."""
     for envoy in envoys:
+        if not instrumented(envoy):
+            before(f"{envoy.path}.input", address)
         envoy.source  # noqa: B018
 
 
@@ -164,8 +169,9 @@ class Spot:
 
     def here(self) -> tuple[str, Visit | None]:
         """The location to park at for this visit, and the visit where the layout depends on it."""
+        worker(self.address)
         sequence, step = self.locations
-        instrument(self.instrument)
+        instrument(self.instrument, self.address)
         if not (self.trim or self.opens or sequence != step or "(b t" in self.raw):
             return sequence, None
         now = visit(self.part, self.address)
@@ -245,7 +251,7 @@ class Spot:
         held = seen.get(self.address)
         if held is not None and held[0] is waiting(location) and held[0].occurrence == occurrence:
             return held[1]  # read twice before moving on: one tensor
-        raw = self.select(read_whole(location))
+        raw = self.select(read_whole(location, self.address))
         whole = self.to_canonical(raw, now)
         rows = own_rows(location, len(whole))
         view = whole[rows] if rows != slice(None) else whole
@@ -263,7 +269,7 @@ class Spot:
             changed = edited(view, version)
             if not (changed or grad):
                 return
-            value = read_whole(location)
+            value = read_whole(location, self.address)
             raw = self.select(value)
             whole = self.to_canonical(raw, now)
             changed = changed and not torch.equal(view, whole[rows])
@@ -282,7 +288,7 @@ class Spot:
         if not self.writable:
             raise ReadOnlySite(f"{self.address} can be read but not written.")
         location, now = self.here()
-        held = read_whole(location)
+        held = read_whole(location, self.address)
         raw = self.select(held)
         whole = self.to_canonical(raw, now)
         rows = own_rows(location, len(whole))

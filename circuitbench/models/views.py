@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, ReadOnlySite, SiteNotFound
+from .events import worker
 from .scan_view import run_of
 from .spots import instrument
 
@@ -112,7 +113,8 @@ class SSMView(PartView):
 
     def _run(self) -> ScanRun:
         """The block's run of the scan."""
-        instrument(self._instrument)
+        worker(self._address)
+        instrument(self._instrument, self._address)
         return run_of(self._address, self._envoy, self._scan, self._recurrence)
 
     def __getattr__(self, name: str) -> Any:

@@ -48,6 +48,8 @@ def planned(
     model: Model, interventions: Intervention | Knockout | Sequence[Intervention | Knockout], sites: Sequence[str]
 ) -> list[tuple[str, list[Any], bool]]:
     """Interventions and wanted sites in the order the model reaches them; logits are always wanted."""
+    if not isinstance(interventions, (Intervention, Knockout, Sequence)):
+        raise BadInput(f"Interventions are one, or a list of them, not {type(interventions).__name__}.")
     items = [interventions] if isinstance(interventions, (Intervention, Knockout)) else list(interventions)
     by_address: dict[str, list[Any]] = {}
     for item in items:

@@ -45,7 +45,7 @@ class Intervention:
 
     def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
         """What the selected entries become; same shape as `value`, which is in the site's canonical layout."""
-        raise TypeError("Intervention says only where; use Set, Add, Scale, Ablate or Knockout.")
+        raise BadInput("Intervention says only where; use Set, Add, Scale, Ablate or Knockout.")
 
     def changed(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
         """`value` with this intervention applied where it is meant to be."""
@@ -69,6 +69,15 @@ class Intervention:
         return f"{type(self).__name__}({self.site!r}{inside})"
 
 
+def checked(given: Any, what: str) -> Any:
+    """What was given, if it is numbers."""
+    try:
+        torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise BadInput(f"The {what} of an intervention is a number or a tensor, not {given!r}.") from None
+    return given
+
+
 def spans(given: Any) -> bool:
     """Whether what was given may have an axis of positions: a number or a vector over channels has none."""
     return torch.as_tensor(given).dim() > 1
@@ -85,7 +94,7 @@ class Set(Intervention):
         self, site: str, value: Any, positions: Positions = None, heads: Any = None, channels: Any = None
     ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
-        self.value = value
+        self.value = checked(value, "value")
 
     def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
         return self.fitted(self.value, value, columns, address, axes, "value")
@@ -109,7 +118,7 @@ class Add(Intervention):
         channels: Any = None,
     ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
-        self.vector = vector
+        self.vector = checked(vector, "vector")
         self.strength = strength
 
     def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
@@ -128,7 +137,7 @@ class Scale(Intervention):
         self, site: str, factor: Any, positions: Positions = None, heads: Any = None, channels: Any = None
     ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
-        self.factor = factor
+        self.factor = checked(factor, "factor")
 
     def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
         return value * self.fitted(self.factor, value, columns, address, axes, "factor")

@@ -107,6 +107,8 @@ def listed(positions: Positions, lengths: Tensor, growing: bool = False) -> list
     """Positions given one by one, as a list, if every prompt has them."""
     if isinstance(positions, torch.Tensor):
         positions = positions.tolist()
+    if not hasattr(positions, "__iter__") and not isinstance(positions, int):
+        raise BadInput(f"positions={positions!r}; give ints, a slice, a boolean mask, or 'last'.")
     wanted = [positions] if isinstance(positions, int) else list(positions)
     shortest = int(lengths.min())
     for position in wanted:
