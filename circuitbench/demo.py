@@ -74,7 +74,7 @@ class Findings:
 
     @property
     def main(self) -> Measured:
-        """The contrast in which states matter most."""
+        """The contrast that is looked at: the model is sure, and a state matters."""
         return self.contrasts[0]
 
     @property

@@ -120,7 +120,7 @@ def candidates() -> Iterator[list[Contrast]]:
 
 
 def measured_contrasts(model: Model, progress: bool) -> list[Measured]:
-    """The contrasts that the model gets right, of each template the surest; first where a state matters most."""
+    """The contrasts that the model gets right, of each template the surest: the one to look at, then by `carried`."""
     found = []
     for group in tqdm(list(candidates()), disable=not progress, desc="prompts", unit="template"):
         right = [one for one in (answered(model, contrast) for contrast in group) if one and one.base > 0 > one.donor]
@@ -133,7 +133,8 @@ def measured_contrasts(model: Model, progress: bool) -> list[Measured]:
         )
     for one in tqdm(found, disable=not progress, desc="states", unit="prompt"):
         one.states = patched(model, one.contrast, "ssm.state", False)
-    return sorted(found, key=lambda one: -one.carried * one.surety)
+    best = max(found, key=lambda one: one.carried * one.surety)
+    return [best, *sorted((one for one in found if one is not best), key=lambda one: -one.carried)]
 
 
 def answered(model: Model, contrast: Contrast) -> Measured | None:

@@ -101,8 +101,8 @@ def summary(findings: Findings) -> list[str]:
         f"{quoted(main.contrast.corrupt)} it expects {wrong} ({percent(main.answered[1])}). Part of what it goes by "
         f"travels in the recurrent state: the other prompt's state, put in at one position of layer {state.layer}, "
         f"makes {percent(main.carried)} of the difference.",
-        f"Not everything travels so. In {quoted(other.contrast.clean)}, where {quoted(other.contrast.answer)} comes "
-        f"next, the strongest state makes {percent(abs(other.carried))}; at the last token, {reader} makes "
+        f"It does so least in {quoted(other.contrast.clean)}, where {quoted(other.contrast.answer)} comes next: the "
+        f"strongest state makes {percent(abs(other.carried))} there, and at the last token, {reader} makes "
         f"{percent(read)}.",
         f"A dictionary of {findings.training.dictionary.d_dict:,} features leaves {percent(evaluation.fvu)} of the "
         f"variance of {findings.site} unexplained. Running on it costs the model {number(costs[0])} nats a token, "
