@@ -25,6 +25,7 @@ from .demo_measures import (
     steered,
     telling,
 )
+from .demo_report import write
 from .dictionaries import Evaluation, TrainResult, Windows, evaluate, feature_examples, train_on_text
 from .dictionaries.features import FeatureExamples
 from .errors import BadInput
@@ -70,7 +71,7 @@ class Findings:
     cards: list[int]
     promoted: dict[int, Tensor]
     steering: Steering
-    seconds: float = 0.0
+    seconds: float
 
     @property
     def main(self) -> Measured:
@@ -102,39 +103,49 @@ def run_demo(*, fast: bool, model: str, text: str | None, out: Path, progress: b
             cannot be read or is too short.
         CheckFailed: If the model's map does not hold: what follows would not mean what it says.
     """
-    from .demo_report import write  # the words; it needs the classes above
-
     started = time.perf_counter()
     size = FAST if fast else FULL
     training_text, held_out, described = texts(text, size)
     loaded = load_model(model)
     check_reads_text(loaded, model)
-    layer = last_scan(loaded, model)
-    site = f"layers.{layer}.ssm.gated"
+    site = f"layers.{last_scan(loaded, model)}.ssm.gated"
     checked = check(loaded, progress=progress).raise_if_failed()
 
     contrasts = measured_contrasts(loaded, progress)
     maps = effect_maps(loaded, contrasts[0], progress)
-    other_maps = [contrasts[-1].states, *branch_maps(loaded, contrasts[-1].contrast, progress)]
+    last = contrasts[-1]
+    assert last.states is not None  # `measured_contrasts` measures them
+    other_maps = [last.states, *branch_maps(loaded, last.contrast, progress)]
 
-    windows = Windows(loaded, site, training_text, 256, 16)
-    settings = {"k": 32, "expansion": size.expansion, "steps": size.steps, "progress": progress}
-    training = train_on_text(windows, kind="topk", **settings)
+    windows = Windows(loaded, site, training_text, context=256, prompts_per_forward=16)
+    training = train_on_text(windows, kind="topk", k=32, expansion=size.expansion, steps=size.steps, progress=progress)
     dictionary = training.dictionary
     dictionary.model_name = model
-    judged = cut(held_out, size.judged)
-    evaluation = evaluate(dictionary, loaded, judged, progress=progress)
+    dictionary.save(out / "dictionary")
+    evaluation = evaluate(dictionary, loaded, cut(held_out, size.judged), progress=progress)
     examples = feature_examples(dictionary, loaded, held_out, n=5, progress=progress)
 
     steering = steered(loaded, dictionary, contrasts, examples, held_out, progress)
     cards = [steering.feature, *(f for f in telling(examples, size.cards) if f != steering.feature)][: size.cards]
     findings = Findings(
-        model, loaded, size, described, site, checked, contrasts, maps, other_maps, training,
-        sum(batch.numel() for batch in windows.batches), evaluation, examples, cards,
-        promotions(loaded, dictionary, cards, examples, held_out), steering,
-    )  # fmt: skip
-    dictionary.save(out / "dictionary")
-    findings.seconds = time.perf_counter() - started
+        source=model,
+        model=loaded,
+        size=size,
+        text=described,
+        site=site,
+        checked=checked,
+        contrasts=contrasts,
+        maps=maps,
+        other_maps=other_maps,
+        training=training,
+        n_tokens=sum(batch.numel() for batch in windows.batches),
+        evaluation=evaluation,
+        examples=examples,
+        cards=cards,
+        promoted=promotions(loaded, dictionary, cards, examples, held_out),
+        steering=steering,
+        seconds=time.perf_counter() - started,
+    )
     return write(findings, out)
 
 

@@ -146,6 +146,15 @@ def test_the_plot_shows_the_values(compiled: cb.Model) -> None:
     matplotlib.pyplot.close(axes.figure)
 
 
+def test_effects_measured_remotely_are_the_same(compiled: cb.Model) -> None:
+    pair = RECALL, "k3 v7 k9 v4 k5 v1 k9"
+    here, there = (
+        patch_effects(compiled, *pair, metric=logit_diff("v2", "v4"), remote=where) for where in (False, "local")
+    )
+    torch.testing.assert_close(there.values, here.values, rtol=1e-5, atol=1e-4)
+    assert (there.base, there.donor) == pytest.approx((here.base, here.donor), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
