@@ -78,12 +78,14 @@ class Scan:
         recurrence: Key into ``circuitbench.recurrences.RECURRENCES``.
         sequence: nnsight's name of the operation that runs a whole sequence.
         step: nnsight's name of the operation that runs one token from a cached state.
+        continues: Whether a sequence of several tokens goes on from a cached state.
         write_follows_state: Whether what a step adds depends on the state before it.
     """
 
     recurrence = ""
     sequence = ""
     step = ""
+    continues = True
     write_follows_state = False
     operand_names: tuple[str, ...] = ()
 
@@ -110,6 +112,7 @@ class S6Scan(Scan):
     recurrence = "s6"
     sequence = "mamba_selective_scan_0"
     step = "mamba_selective_state_update_0"
+    continues = False
     operand_names = ("x", "dt", "B", "C")
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:

@@ -33,6 +33,11 @@ class ScanRun:
 
     def __init__(self, address: str, envoy: Envoy, scan: Scan, recurrence: Any) -> None:
         now = visit(envoy, address)
+        if now.cached and not now.decoding and not scan.continues:
+            raise BadInput(
+                f"{address}: {now.length} tokens follow a cached state, and transformers starts this scan from zero "
+                "again; give it one token at a time, or the whole sequence without a cache."
+            )
         self.address = address
         self.scan = scan
         self.length = now.length

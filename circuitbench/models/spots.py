@@ -35,13 +35,14 @@ if TYPE_CHECKING:
 
 
 class Visit:
-    """One call of a part's forward: which one, how long, and whether it decodes from a cached state."""
+    """One call of a part's forward: which one, how long, and whether it goes on from a cached state."""
 
-    def __init__(self, occurrence: int, batch: int, length: int, decoding: bool) -> None:
+    def __init__(self, occurrence: int, batch: int, length: int, cached: bool) -> None:
         self.occurrence = occurrence
         self.batch = batch
         self.length = length
-        self.decoding = decoding
+        self.cached = cached
+        self.decoding = cached and length == 1  # one token from a cached state is another operation
 
 
 def visit(part: Envoy, address: str) -> Visit:
@@ -68,11 +69,11 @@ def visit(part: Envoy, address: str) -> Visit:
     hidden = args[0] if args else kwargs["hidden_states"]
     cache = kwargs.get("cache_params", kwargs.get("past_key_values"))
     index = getattr(part._module, "layer_idx", None)
-    decoding = False
-    if hidden.dim() == 3 and hidden.shape[1] == 1 and cache is not None and hasattr(part._module, "conv1d"):
-        decoding = cache.get_recurrent_state(index) is not None
+    cached = False
+    if hidden.dim() == 3 and cache is not None and hasattr(part._module, "conv1d"):
+        cached = cache.get_recurrent_state(index) is not None
     batch, length = (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else (0, 0)
-    seen[location] = Visit(want, batch, length, decoding)
+    seen[location] = Visit(want, batch, length, cached)
     return seen[location]
 
 

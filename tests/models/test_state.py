@@ -176,9 +176,14 @@ def test_what_the_delta_rule_writes_is_asked_for_before_the_state_is_edited() ->
 # Editing the cache ----------------------------------------------------------------------------------------------------
 
 
+def cache_name(hf: Any) -> str:
+    """What the family calls its cache."""
+    return "cache_params" if hf.config.model_type in ("mamba", "falcon_mamba", "mamba2") else "past_key_values"
+
+
 def cached(hf: Any, ids: Tensor, cache: Any = None, start: int = 0) -> tuple[Tensor, Any]:
     """(logits, cache) of a forward that goes on from a cache."""
-    name = "cache_params" if hf.config.model_type in ("mamba", "falcon_mamba", "mamba2") else "past_key_values"
+    name = cache_name(hf)
     inputs: dict[str, Any] = {} if cache is None else {name: cache}
     if hf.config.model_type == "bamba" and cache is not None:  # it numbers positions from 0, whatever the cache holds
         inputs["position_ids"] = torch.arange(start, start + ids.shape[1]).expand(len(ids), -1)
@@ -210,6 +215,31 @@ def test_an_edit_after_the_read_is_an_edit_of_the_cache(pair: Pair) -> None:
         routes = [continued(hf, pair.layer, position, moved) for hf in pair.by_itself]
         assert_as_good(ours, *routes)
         assert_as_good(ours[:, : position + 1], *[route[:, : position + 1] for route in routes])
+
+
+def test_several_tokens_go_on_from_a_cached_state_or_are_refused(pair: Pair) -> None:
+    """Read and edited there, the recurrence is that of the whole sequence. (S6 would start from zero again.)"""
+    with torch.no_grad():
+        _, cache = cached(pair.model.hf, IDS[:, :5])
+    inputs: dict[str, Any] = {cache_name(pair.model.hf): cache, "use_cache": True}
+    if pair.model.architecture == "bamba":
+        inputs["position_ids"] = torch.arange(5, LENGTH).expand(len(IDS), -1)
+    found: list[Tensor] = []
+
+    def block(position: int) -> None:
+        found.append(pair.ssm.conv)
+        found.append(pair.ssm.edit_state({position: moved}))
+        found.append(pair.ssm.y)
+
+    if pair.model.architecture in S6:
+        with pytest.raises(cb.BadInput, match="4 tokens follow a cached state.*one token at a time"):
+            pair.logits(lambda: block(1), IDS[:, 5:], **inputs)
+        return
+    ours = pair.logits(lambda: block(1), IDS[:, 5:], **inputs)
+    whole = pair.logits(lambda: block(6))
+    assert relative(ours, whole[:, 5:]) < 1e-5
+    for suffix, everything in zip(found[:3], found[3:], strict=True):
+        assert relative(suffix, everything[:, 5:]) < 1e-5
 
 
 # While decoding -------------------------------------------------------------------------------------------------------
