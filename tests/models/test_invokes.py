@@ -47,7 +47,7 @@ def test_every_site_gives_each_block_its_own_rows(model: cb.Model) -> None:
         for site in sites:
             got = real(model, site, found[site], len(ids))
             assert got.shape == alone[site].shape, site
-            assert relative(got, alone[site]) < 1e-4, site
+            assert relative(got, alone[site]) < 1e-5, site
 
 
 @pytest.mark.parametrize("in_place", [True, False])
