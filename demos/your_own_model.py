@@ -81,7 +81,7 @@ AutoModelForCausalLM.register(RememberConfig, Remember)
 # %% The map. First the recurrence: it is Mamba-2's (SSD), so we only say what `remember` calls its arguments.
 class RememberScan(Scan):
     recurrence = "ssd"
-    sequence = step = "remember_0"  # nnsight's name of the call: function, underscore, number of the call
+    sequence = step = "/remember_0"  # an operation of the part: nnsight's name, with the number of the call
     operand_names = ("x", "dt", "B", "C")
 
     def read(self, args, kwargs, decoding):

@@ -76,6 +76,9 @@ class Part:
         scan: How to read and replay the part's recurrence, if it has one.
         mixes: Whether the part moves information between positions (it then gives the layer its kind).
         to_residual: Whether the part's ``out`` is added to the residual stream.
+        cache: How to tell that a call goes on from a cached state, which other operations then serve for one token: a
+            method of the cache that returns the layer's state, or the name of an argument that is then true. ``""``
+            where the same operations serve both.
     """
 
     paths: tuple[str, ...]
@@ -84,6 +87,7 @@ class Part:
     scan: Scan | None = None
     mixes: bool = True
     to_residual: bool = True
+    cache: str = ""
 
 
 @dataclass(frozen=True)

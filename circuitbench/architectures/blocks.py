@@ -9,6 +9,7 @@ from __future__ import annotations
 from .base import LAYER, Part, Site
 from .scans import GatedDeltaScan, S6Scan, SSDScan
 
+RECURRENT = "get_recurrent_state"  # of transformers' caches: None before the first token
 HEADS = "b t (h p) -> b t h p"
 CONV = Site(
     "/causal_conv1d_fn_0:output",
@@ -120,18 +121,18 @@ SSD_DIMS = {"h": "num_heads", "p": "head_dim", "n": "ssm_state_size", "g": "n_gr
 
 def s6_part(*paths: str) -> Part:
     """Where Mamba's mixer is in a layer."""
-    return Part(paths, "x_proj", {"n": "ssm_state_size", "d_inner": "intermediate_size"}, S6Scan())
+    return Part(paths, "x_proj", {"n": "ssm_state_size", "d_inner": "intermediate_size"}, S6Scan(), cache=RECURRENT)
 
 
 def ssd_part(*paths: str) -> Part:
     """Where Mamba-2's mixer is in a layer."""
-    return Part(paths, "conv1d", SSD_DIMS, SSDScan())
+    return Part(paths, "conv1d", SSD_DIMS, SSDScan(), cache=RECURRENT)
 
 
 def gated_delta_part(*paths: str) -> Part:
     """Where the gated delta rule is in a layer."""
     dims = {"h": "num_v_heads", "v": "head_v_dim", "k": "head_k_dim", "d_inner": "value_dim"}
-    return Part(paths, "conv1d", dims, GatedDeltaScan())
+    return Part(paths, "conv1d", dims, GatedDeltaScan(), cache=RECURRENT)
 
 
 def attention_part(*paths: str, marker: str = "q_proj", head_dim: str = "head_dim", heads: str = "") -> Part:

@@ -71,15 +71,34 @@ def cloned(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.detach().clone()
 
 
+class Loop:
+    """A scan that the part's forward runs as a loop of its own.
+
+    Attributes:
+        given: Name -> address of what the loop is given, in forward order; `Scan.read` gets them as keywords.
+        skipped: Addresses, in forward order, whose values can be replaced so that the loop does not run.
+        output: Address of what comes out of it.
+    """
+
+    def __init__(self, given: dict[str, str], skipped: tuple[str, ...], output: str) -> None:
+        self.given = given
+        self.skipped = skipped
+        self.output = output
+
+
 class Scan:
     """A family's scan: which operations run it, and which recurrence it is.
 
+    Addresses are written as in a map, relative to the part: ``/operation``, ``module/operation``, or ``module`` for a
+    submodule that is the scan.
+
     Attributes:
         recurrence: Key into ``circuitbench.recurrences.RECURRENCES``.
-        sequence: nnsight's name of the operation that runs a whole sequence.
-        step: nnsight's name of the operation that runs one token from a cached state.
+        sequence: Address of what runs a whole sequence.
+        step: Address of what runs one token from a cached state (the same, where one operation does both).
         continues: Whether a sequence of several tokens goes on from a cached state.
         write_follows_state: Whether what a step adds depends on the state before it.
+        gate_stays: The gate cannot be kept from the scan; y is then the recurrence's own.
     """
 
     recurrence = ""
@@ -87,7 +106,23 @@ class Scan:
     step = ""
     continues = True
     write_follows_state = False
+    gate_stays = False
     operand_names: tuple[str, ...] = ()
+
+    def loop(self, decoding: bool) -> Loop | None:
+        """Where the scan is a loop in the part's own forward rather than one operation: what is before and after it."""
+        return None
+
+    def skip(self, call: Call, y: Tensor, state: Tensor, decoding: bool) -> list[Any]:
+        """What to put at the loop's `skipped` locations, so that it does not run and leaves this result.
+
+        Args:
+            call: The scan's call.
+            y: Its output, gated if the loop applies the gate.
+            state: Its final state.
+            decoding: Whether one token is decoded.
+        """
+        raise TypeError("A Scan that is a loop says how to skip it")
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:
         """The call in canonical form."""
@@ -110,8 +145,8 @@ class S6Scan(Scan):
     """``mamba_selective_scan`` and ``mamba_selective_state_update`` (Mamba, Falcon-Mamba, Jamba): channels first."""
 
     recurrence = "s6"
-    sequence = "mamba_selective_scan_0"
-    step = "mamba_selective_state_update_0"
+    sequence = "/mamba_selective_scan_0"
+    step = "/mamba_selective_state_update_0"
     continues = False
     operand_names = ("x", "dt", "B", "C")
 
@@ -170,8 +205,8 @@ class SSDScan(Scan):
     """``mamba2_chunk_scan`` and ``mamba2_selective_state_update`` (Mamba-2 and every hybrid built on it)."""
 
     recurrence = "ssd"
-    sequence = "mamba2_chunk_scan_0"
-    step = "mamba2_selective_state_update_0"
+    sequence = "/mamba2_chunk_scan_0"
+    step = "/mamba2_selective_state_update_0"
     operand_names = ("x", "dt", "B", "C")
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:
@@ -222,8 +257,8 @@ class GatedDeltaScan(Scan):
     """``torch_chunk_gated_delta_rule`` and ``torch_recurrent_gated_delta_rule`` (Qwen3-Next)."""
 
     recurrence = "gated_delta"
-    sequence = "torch_chunk_gated_delta_rule_0"
-    step = "torch_recurrent_gated_delta_rule_0"
+    sequence = "/torch_chunk_gated_delta_rule_0"
+    step = "/torch_recurrent_gated_delta_rule_0"
     write_follows_state = True
     operand_names = ("x", "B", "C", "g", "beta")
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from nnsight.intervention.envoy import Envoy
     from torch import nn
 
+    from ..architectures.scans import Scan
+
 # Axis names that mean the same in every family.
 DIMS = {
     "d_model": "config.hidden_size",
@@ -78,7 +80,9 @@ class Binder:
                 if at.startswith("scan:"):
                     scans[site_name] = at.removeprefix("scan:")
             if site.at.startswith("scan:"):
-                places.append((owner, site_name, envoys[owner], True))
+                scan = self.architecture.parts[owner].scan
+                assert scan is not None  # a map with a scan's sites has a scan
+                places.append((owner, site_name, self.scan_home(scan, envoys[owner]), True))
             elif site.at.startswith("pattern:"):
                 spots[owner][site_name] = Pattern(address, envoys[owner])
                 places.append((owner, site_name, envoys[owner], True))
@@ -88,6 +92,7 @@ class Binder:
                 if spot is None:
                     continue
                 part = self.architecture.parts.get(owner)
+                spot.continues = part.cache if part is not None else ""
                 spot.opens = part is not None and part.scan is not None and not scans and site.base is None
                 spots[owner][site_name] = spot
                 places.append((owner, site_name, spot.envoy, ".source." in spot.locations[0]))
@@ -121,6 +126,7 @@ class Binder:
                         if owner == name and site in scans
                         for envoy in needed[owner, site]
                     ],
+                    part.cache,
                 )
         kind = kind_of(found, self.architecture.parts)
         return LayerView(index, kind, envoys[LAYER], spots[LAYER], parts, shapes, axes)
@@ -137,6 +143,11 @@ class Binder:
     def envoy(self, base: str, path: str) -> Envoy:
         """The envoy of a module."""
         return self.nn.get(f"{base}.{path}" if path else base)
+
+    def scan_home(self, scan: Scan, part: Envoy) -> Envoy:
+        """The module whose forward calls the scan."""
+        path, _, operation = scan.sequence.partition("/")
+        return part.get(path) if path and operation else part
 
     def applicable(self, entry: Site | tuple[Site, ...], part: nn.Module, layer: nn.Module) -> Site | None:
         """The alternative whose condition holds, if any."""

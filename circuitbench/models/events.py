@@ -211,6 +211,16 @@ def write_whole(location: str, value: Any) -> None:
         mediator.batch_group = group
 
 
+def at_visit(occurrence: int, fn: Callable[..., Any], location: str, *given: Any) -> Any:
+    """Call `fn` with a location, for this visit of it, whatever step the block is pinned to."""
+    mediator = worker(location)
+    pinned, mediator.iteration = mediator.iteration, occurrence
+    try:
+        return fn(location, *given)
+    finally:
+        mediator.iteration = pinned
+
+
 def write_back(location: str, occurrence: int, fn: Callable[[], None]) -> WriteBack:
     """Call `fn` when the block moves on; `fn` reads and writes by itself, at this visit of its locations."""
     mediator = worker(location)

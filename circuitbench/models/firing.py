@@ -38,6 +38,7 @@ class Firing:
         gate: The gate; `gated`: whether the operation itself applies one; `gate_taken`: whether it was kept from it.
         y: Scan output before the gate, once the operation has run, and every edit of it.
         state: Final state, to hand to the model.
+        instead: What stands in for a loop that is skipped.
     """
 
     def __init__(self, address: str, scan: Scan, recurrence: Any, call: Call, decoding: bool) -> None:
@@ -59,6 +60,7 @@ class Firing:
         self.y: Any = None
         self.state: Any = None
         self.dtype: Any = None
+        self.instead: Any = None
 
     # What goes in -----------------------------------------------------------------------------------------------------
 
@@ -154,7 +156,10 @@ class Firing:
     def ran(self, output: Any) -> bool:
         """Take over what the operation returned, replayed where it was touched; tells whether to publish it."""
         own = self.scan.output_y(output, self.decoding)
-        self.y, self.dtype = own, own.dtype
+        self.dtype = own.dtype
+        if self.scan.gate_stays:
+            own = self.replay()[0].to(own.dtype)
+        self.y = own
         if self.call.returns_state:
             self.state = output[1]
         if self.stale:
@@ -165,6 +170,16 @@ class Firing:
             y, _ = self.replay()
             self.y = own.detach() + (y - y.detach()).to(own.dtype)
         return self.stale or self.tracked or self.gate_taken
+
+    def skipped(self) -> list[Any]:
+        """What to put in front of a loop so that it leaves the replayed result (see `Scan.skip`)."""
+        if self.instead is None:
+            y, state = self.replay()
+            y = y.to(self.call.dtype)
+            if self.gated:
+                y = y * F.silu(self.gate).reshape(y.shape)
+            self.instead = self.scan.skip(self.call, y, state, self.decoding)
+        return self.instead
 
     def keep(self, state: Tensor) -> None:
         """The final state, to where the model keeps it for the next step."""
@@ -177,7 +192,7 @@ class Firing:
     def packed(self) -> Any:
         """The operation's output as the model takes it, gated as the operation would have."""
         y = self.y
-        if self.gate_taken:
+        if self.gate_taken or (self.gated and self.scan.gate_stays):
             y = y * F.silu(self.gate).reshape(y.shape)  # the gate has no head axis
         return self.scan.pack(self.call, y.to(self.dtype).contiguous(), self.state, self.decoding)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BadInput
-from .events import flush, notes, own_rows, passed, read_whole, seal, wanted, worker, write_back, write_whole
+from .events import at_visit, flush, notes, own_rows, passed, read_whole, seal, wanted, worker, write_back, write_whole
 from .firing import Firing
 from .spots import edited, matching, splice, version_of, visit
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..architectures.scans import Scan
+    from .spots import Visit
 
 
 class ScanRun:
     """One block's dealings with one run of the scan."""
 
-    def __init__(self, address: str, envoy: Envoy, scan: Scan, recurrence: Any) -> None:
-        now = visit(envoy, address)
+    def __init__(self, address: str, envoy: Envoy, scan: Scan, recurrence: Any, now: Visit) -> None:
         if now.cached and not now.decoding and not scan.continues:
             raise BadInput(
                 f"{address}: {now.length} tokens follow a cached state, and transformers starts this scan from zero "
@@ -42,16 +42,26 @@ class ScanRun:
         self.scan = scan
         self.length = now.length
         self.decoding = now.decoding
-        operation = f"{envoy.path}.source.{scan.step if now.decoding else scan.sequence}"
-        self.input, self.output = f"{operation}.input", f"{operation}.output"
-        self.occurrence = wanted(self.input)
-        if passed(self.input, self.occurrence):
+        loop = scan.loop(now.decoding)
+        if loop is None:
+            operation = located(envoy, scan.step if now.decoding else scan.sequence)
+            given, self.output = {"": f"{operation}.input"}, f"{operation}.output"
+        else:
+            given = {name: located(envoy, at) for name, at in loop.given.items()}
+            self.output = located(envoy, loop.output)
+        self.skipped = [located(envoy, at) for at in loop.skipped] if loop is not None else []
+        self.input = list(given.values())[-1]
+        # Operations of a loop run in some calls of the part only, so each has a count of its own.
+        places = (*given.values(), *self.skipped, self.output)
+        self.occurrences = {location: wanted(location) for location in places}
+        if self.gone(self.input):
             raise self.too_late("its sites were asked for")
-        args, kwargs = read_whole(self.input)
+        found = {name: self.read(location) for name, location in given.items()}
+        args, kwargs = found[""] if loop is None else ((), found)
         batcher = worker(self.input).interleaver.batcher
         if not hasattr(batcher, "circuitbench"):
             batcher.circuitbench = {}
-        shared, key = batcher.circuitbench, (operation, self.occurrence)
+        shared, key = batcher.circuitbench, (self.output, self.occurrences[self.output])
         if key not in shared:
             call = scan.read(args, kwargs, now.decoding)
             shared[key] = Firing(address, scan, recurrence, call, now.decoding)
@@ -59,6 +69,18 @@ class ScanRun:
         self.rows = own_rows(self.input, len(self.firing.call.operands["x"]))
         self.held: dict[str, tuple[Tensor, Any]] = {}  # what the block holds, and its version when it was handed out
         self.pending: Any = None  # the write-back that will settle this run
+
+    def gone(self, location: str) -> bool:
+        """Whether the model is past this run's visit of a location."""
+        return passed(location, self.occurrences[location])
+
+    def read(self, location: str) -> Any:
+        """The value at a location of this run."""
+        return at_visit(self.occurrences[location], read_whole, location)
+
+    def write(self, location: str, value: Any) -> None:
+        """Replace the value at a location of this run."""
+        at_visit(self.occurrences[location], write_whole, location, value)
 
     def too_late(self, what: str) -> BadInput:
         """The error for anything asked after the model has moved on."""
@@ -69,7 +91,7 @@ class ScanRun:
 
     def before(self, what: str) -> None:
         """Raise unless the model still waits at the operation's input."""
-        if passed(self.input, self.occurrence):
+        if self.gone(self.input):
             raise self.too_late(what)
 
     # Operands ---------------------------------------------------------------------------------------------------------
@@ -114,7 +136,7 @@ class ScanRun:
 
     def merge(self) -> None:
         """Put what the block holds and has edited into the run that all blocks share."""
-        if passed(self.input, self.occurrence):
+        if self.gone(self.input):
             return
         for name, (value, version) in list(self.held.items()):
             if name in ("y", "gate"):
@@ -183,14 +205,20 @@ class ScanRun:
     def arrive(self) -> None:
         """Let the operation run, and keep what it returned."""
         firing = self.firing
-        if firing.y is None and firing.gated and not firing.gate_taken:
-            args, kwargs = read_whole(self.input)
+        if firing.y is None and firing.gated and not firing.gate_taken and not self.scan.gate_stays:
+            args, kwargs = self.read(self.input)
             firing.gate_taken = True
-            write_whole(self.input, self.scan.gateless(args, kwargs))
-        output = read_whole(self.output)
+            self.write(self.input, self.scan.gateless(args, kwargs))
+        for number, location in enumerate(self.skipped):
+            if firing.y is None and not self.gone(location):
+                self.read(location)
+                # Asked only now, as below.
+                if firing.stale:
+                    self.write(location, firing.skipped()[number])
+        output = self.read(self.output)
         # Asked only now: another block of the batch may have been here while this one waited.
         if firing.y is None and firing.ran(output):
-            write_whole(self.output, firing.packed())
+            self.write(self.output, firing.packed())
 
     def take_y(self) -> Tensor:
         """The scan's output before the gate."""
@@ -213,12 +241,12 @@ class ScanRun:
         if not same(value, now) or "y" in self.held:
             self.held.pop("y", None)
             self.firing.y = splice(self.firing.y, self.rows, value)
-            write_whole(self.output, self.firing.packed())
+            self.write(self.output, self.firing.packed())
         self.settle_later("y was written")
 
     def be_at_output(self) -> None:
         """Wait at the operation's output, with every edit of its inputs replayed."""
-        if passed(self.output, self.occurrence):
+        if self.gone(self.output):
             raise self.too_late("y was asked for")
         mediator = worker(self.output)
         if mediator.transform is self.pending:
@@ -228,16 +256,16 @@ class ScanRun:
 
     def settle_later(self, what: str) -> None:
         """Settle when the block moves on."""
-        if passed(self.output, self.occurrence):
+        if self.gone(self.output):
             raise self.too_late(what)
         if worker(self.output).transform is not self.pending:
             flush()
-        self.pending = write_back(self.output, self.occurrence, self.settle)
+        self.pending = write_back(self.output, self.occurrences[self.output], self.settle)
 
     def settle(self) -> None:
         """Make what the block asked for true: replay if the recurrence was touched, publish if the output was."""
         firing = self.firing
-        if not passed(self.input, self.occurrence):
+        if not self.gone(self.input):
             self.merge()
         elif any(edited(*self.held[name]) for name in self.held if name not in ("y", "gate")):
             raise self.too_late("an operand was edited in place")
@@ -258,7 +286,7 @@ class ScanRun:
             elif firing.gated and touched:
                 dirty = True
         if dirty:
-            write_whole(self.output, firing.packed())
+            self.write(self.output, firing.packed())
         for name, (value, _) in self.held.items():
             self.held[name] = (value, version_of(value))
             seal(value, f"{self.address}.{name}")
@@ -277,12 +305,12 @@ class ScanRun:
         value = matching(value, now, f"{self.address}.gate")
         if same(value, now):
             return
-        if passed(self.output, self.occurrence):
+        if self.gone(self.output):
             raise self.too_late("the gate was written")
         self.held.pop("gate", None)
         self.firing.gate = splice(self.firing.gate, self.rows, value)
         self.be_at_output()
-        write_whole(self.output, self.firing.packed())
+        self.write(self.output, self.firing.packed())
         self.settle_later("the gate was written")
 
 
@@ -291,11 +319,20 @@ def same(value: Tensor, now: Tensor) -> bool:
     return value is now or (torch.equal(value, now) and not (torch.is_grad_enabled() and value.requires_grad))
 
 
-def run_of(address: str, envoy: Envoy, scan: Scan, recurrence: Any) -> ScanRun:
+def located(envoy: Envoy, at: str) -> str:
+    """nnsight's location for an address relative to a part; without a port, that of the operation or module itself."""
+    target, _, port = at.partition(":")
+    path, _, operation = target.partition("/")
+    location = f"{envoy.path}.{path}" if path else envoy.path
+    location = f"{location}.source.{operation}" if operation else location
+    return f"{location}.{port}" if port else location
+
+
+def run_of(address: str, envoy: Envoy, scan: Scan, recurrence: Any, continues: str) -> ScanRun:
     """The block's current run of this scan, or a new one at the visit it asks for next."""
     seen = notes(envoy.path)
     last = seen.get(("scan", envoy.path))
-    now = visit(envoy, address)
+    now = visit(envoy, address, continues)
     if last is None or last[0] is not now:
-        last = seen[("scan", envoy.path)] = (now, ScanRun(address, envoy, scan, recurrence))
+        last = seen[("scan", envoy.path)] = (now, ScanRun(address, envoy, scan, recurrence, now))
     return last[1]

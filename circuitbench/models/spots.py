@@ -45,12 +45,13 @@ class Visit:
         self.decoding = cached and length == 1  # one token from a cached state is another operation
 
 
-def visit(part: Envoy, address: str) -> Visit:
+def visit(part: Envoy, address: str, continues: str = "") -> Visit:
     """The call of `part` that the block is at or asks for next; parks at the part's input the first time.
 
     Args:
         part: The part.
         address: What is asked for, for errors.
+        continues: How to tell that it goes on from a cached state (`Part.cache`).
     """
     location = f"{part.path}.input"
     seen = notes(location)
@@ -68,10 +69,11 @@ def visit(part: Envoy, address: str) -> Visit:
     args, kwargs = read_whole(location)
     hidden = args[0] if args else kwargs["hidden_states"]
     cache = kwargs.get("cache_params", kwargs.get("past_key_values"))
-    index = getattr(part._module, "layer_idx", None)
     cached = False
-    if hidden.dim() == 3 and cache is not None and hasattr(part._module, "conv1d"):
-        cached = cache.get_recurrent_state(index) is not None
+    if hidden.dim() == 3 and continues and cache is not None:
+        cached = getattr(cache, continues)(part._module.layer_idx) is not None
+    elif continues in kwargs:
+        cached = bool(kwargs[continues])
     batch, length = (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else (0, 0)
     seen[location] = Visit(want, batch, length, cached)
     return seen[location]
@@ -129,6 +131,7 @@ class Spot:
         part: The part's module (for its length and its phase), or ``None`` where that is never needed.
         locations: nnsight location of the tensor for a whole sequence, and while decoding.
         raw, canonical: einops patterns.
+        continues: How to tell that the part goes on from a cached state (`Part.cache`).
         opens: Whether the site comes before the part's scan, which has to know then which visit it belongs to.
         instrument: Modules whose operations must be instrumented before this site is asked for.
         sizes: Axis sizes that the patterns need.
@@ -165,6 +168,7 @@ class Spot:
         self.writable = writable
         self.instrument: list[Envoy] = []
         self.opens = False
+        self.continues = ""
 
     # Where ------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +179,7 @@ class Spot:
         instrument(self.instrument, self.address)
         if not (self.trim or self.opens or sequence != step or "(b t" in self.raw):
             return sequence, None
-        now = visit(self.part, self.address)
+        now = visit(self.part, self.address, self.continues)
         return (step if now.decoding else sequence), now
 
     def select(self, value: Any) -> Tensor:

@@ -85,6 +85,7 @@ class SSMView(PartView):
     _scan_sites: dict[str, str]
     _names: list[str]
     _instrument: list[Envoy]
+    _continues: str
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class SSMView(PartView):
         scan_sites: dict[str, str],
         names: list[str],
         instrument: list[Envoy],
+        continues: str,
     ) -> None:
         self.__dict__["_address"] = address
         self.__dict__["_spots"] = spots
@@ -105,6 +107,7 @@ class SSMView(PartView):
         self.__dict__["_scan_sites"] = scan_sites
         self.__dict__["_names"] = names
         self.__dict__["_instrument"] = instrument
+        self.__dict__["_continues"] = continues
 
     @property
     def sites(self) -> list[str]:
@@ -115,7 +118,7 @@ class SSMView(PartView):
         """The block's run of the scan."""
         worker(self._address)
         instrument(self._instrument, self._address)
-        return run_of(self._address, self._envoy, self._scan, self._recurrence)
+        return run_of(self._address, self._envoy, self._scan, self._recurrence, self._continues)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

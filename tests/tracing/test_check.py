@@ -126,7 +126,7 @@ class AnotherRecurrence(SSDScan):
 
 
 class Elsewhere(SSDScan):
-    sequence = "chunk_scan_0"
+    sequence = "/chunk_scan_0"
 
 
 QKV = "b t (h s p) -> s b t h p"  # GPT-2's is (s h p)

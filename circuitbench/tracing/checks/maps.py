@@ -116,8 +116,19 @@ def lacking_operation(binder: Binder, architecture: Architecture, index: int, na
     if scan is None:
         return ""
     envoy = binder.envoy(f"{architecture.layers}.{index}", path)
-    wrong = [operation for operation in (scan.sequence, scan.step) if operation not in envoy.source.names]
-    return no_operation(wrong[0], envoy) if wrong else ""
+    places = [scan.sequence, scan.step]
+    for loop in (scan.loop(False), scan.loop(True)):
+        if loop is not None:
+            places = [*loop.given.values(), *loop.skipped, loop.output]
+    for place in places:
+        module, _, operation = place.partition(":")[0].partition("/")
+        if module and find_module(envoy._module, module) is None:
+            hint = f" (an operation is written '/{module}')" if module in envoy.source.names else ""
+            return f"There is no module {module!r} in {envoy.path}{hint}"
+        home = envoy.get(module) if module else envoy
+        if operation and operation not in home.source.names:
+            return no_operation(operation, home)
+    return ""
 
 
 def no_operation(operation: str, envoy: Envoy) -> str:
