@@ -40,14 +40,14 @@ def selective_scan(
 
 
 def plain_scan(
-    decay: Float[Tensor, "b t d n"],
-    write: Float[Tensor, "b t d n"],
-    C: Float[Tensor, "b t n"],
-    initial_state: Float[Tensor, "b d n"],
-) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b d n"]]:
+    decay: Float[Tensor, "b t *h d n"],
+    write: Float[Tensor, "b t *h d n"],
+    C: Float[Tensor, "b t *h n"],
+    initial_state: Float[Tensor, "b *h d n"],
+) -> tuple[Float[Tensor, "b t *h d"], Float[Tensor, "b *h d n"]]:
     """The same from written-out decays and writes, differentiable to any order."""
     states = linear_states(decay, write, initial_state)
-    return torch.einsum("btdn,btn->btd", states, C), states[:, -1].clone()
+    return torch.einsum("...dn,...n->...d", states, C), states[:, -1].clone()
 
 
 class _SelectiveScan(torch.autograd.Function):

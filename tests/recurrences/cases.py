@@ -33,12 +33,13 @@ class Case:
         return Case(self.name, operands, self.D.to(dtype), self.initial_state.to(dtype))
 
 
-def s6_case(batch: int, length: int, channels: int = 5, n: int = 3) -> Case:
-    x, B, C = torch.randn(batch, length, channels), torch.randn(batch, length, n), torch.randn(batch, length, n)
-    dt = F.softplus(torch.randn(batch, length, channels) - 2)
-    A = -torch.arange(1.0, n + 1) * (0.5 + torch.rand(channels, n))
+def s6_case(batch: int, length: int, channels: int = 5, n: int = 3, heads: int = 0) -> Case:
+    h = (heads,) if heads else ()
+    x, dt = torch.randn(batch, length, *h, channels), F.softplus(torch.randn(batch, length, *h, channels) - 2)
+    B, C = torch.randn(batch, length, *h, n), torch.randn(batch, length, *h, n)
+    A = -torch.arange(1.0, n + 1) * (0.5 + torch.rand(*h, channels, n))
     operands = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
-    return Case("s6", operands, torch.randn(channels), torch.randn(batch, channels, n))
+    return Case("s6", operands, torch.randn(*h, channels), torch.randn(batch, *h, channels, n))
 
 
 def ssd_case(batch: int, length: int, heads: int = 4, p: int = 3, groups: int = 2, n: int = 5) -> Case:
@@ -65,6 +66,7 @@ SHAPES = [
     ("s6", {"batch": 1, "length": 1, "n": 1}),
     ("s6", {"batch": 3, "length": 16, "channels": 7, "n": 2}),
     ("s6", {"batch": 2, "length": 40, "channels": 1000, "n": 16}),  # two tiles of channels a row
+    ("s6", {"batch": 2, "length": 21, "heads": 3}),
     ("ssd", {"batch": 2, "length": 37}),
     ("ssd", {"batch": 1, "length": 1, "groups": 1}),
     ("ssd", {"batch": 2, "length": 150, "heads": 6, "groups": 3}),  # chunks and a rest

@@ -12,13 +12,13 @@ Change = Callable[[Tensor], Tensor]
 
 def s6_step(now: dict[str, Tensor], h: Tensor, decay: Tensor | None, write: Change) -> Tensor:
     """Mamba, equations 2a and 4: every channel's diagonal A discretised by its own dt."""
-    dt = now["dt"][:, :, None]
+    dt = now["dt"][..., None]
     kept = torch.exp(dt * now["A"]) if decay is None else decay
-    return kept * h + write(dt * now["B"][:, None, :] * now["x"][:, :, None])
+    return kept * h + write(dt * now["B"][..., None, :] * now["x"][..., None])
 
 
 def s6_read(now: dict[str, Tensor], h: Tensor) -> Tensor:
-    return (h * now["C"][:, None, :]).sum(-1)
+    return (h * now["C"][..., None, :]).sum(-1)
 
 
 def ssd_step(now: dict[str, Tensor], h: Tensor, decay: Tensor | None, write: Change) -> Tensor:

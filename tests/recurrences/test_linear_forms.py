@@ -157,3 +157,27 @@ def test_the_frozen_gradient_is_the_mixing_matrix_transposed(name) -> None:
     y, _ = layer.module.frozen(**layer.operands)
     (grad,) = torch.autograd.grad(y, x, weights)
     close(grad, mix(mixing_of(layer).mT, weights), 1e-12)
+
+
+def test_s6_with_heads_is_one_scan_a_head() -> None:
+    """Zamba's layout: every verb gives for head i what it gives for that head's operands alone."""
+    here = case("s6", batch=2, length=19, heads=3)
+    mask = torch.arange(19) % 3 == 0
+    grad = torch.randn_like(here.operands["x"])
+
+    def alone(head: int) -> dict[str, torch.Tensor]:
+        return {key: value[head] if key == "A" else value[:, :, head] for key, value in here.operands.items()}
+
+    adjoint = s6.adjoint(**here.operands, grad_y=grad, grad_final_state=here.initial_state)
+    cut, _ = s6.knockout(**here.operands, sources=mask, destinations=~mask, D=here.D, channels=[5 + 1])
+    mixed = s6.mixing(**here.operands, channels=[5 + 1, 2])
+    for head in range(3):
+        own = alone(head)
+        expected = s6.adjoint(**own, grad_y=grad[:, :, head], grad_final_state=here.initial_state[:, head])
+        close(adjoint[:, :, head], expected, 1e-6)
+        expected, _ = s6.forward(**own, D=here.D[head])
+        if head == 1:
+            expected, _ = s6.knockout(**own, sources=mask, destinations=~mask, D=here.D[head], channels=[1])
+        close(cut[:, :, head], expected, 1e-6)
+    close(mixed[:, :1], s6.mixing(**alone(1), channels=[1]), 1e-6)
+    close(mixed[:, 1:], s6.mixing(**alone(0), channels=[2]), 1e-6)
