@@ -44,6 +44,8 @@ class Site:
         base: Name of the part `at` is relative to, where it is not the site's own (``""``: the layer).
         in_place: Assigning copies into the model's tensor, because the model goes on with that same tensor elsewhere
             (a residual stream that is read by a norm and added later).
+        copied: What is read is a copy, because the model goes on with that same tensor elsewhere, where an edit of this
+            site does not belong (a branch that reads the residual stream without a norm).
         writable: Whether the site can be written.
     """
 
@@ -56,6 +58,7 @@ class Site:
     trim: bool = False
     base: str | None = None
     in_place: bool = False
+    copied: bool = False
     writable: bool = True
 
     @property

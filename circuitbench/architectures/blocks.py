@@ -11,6 +11,7 @@ from .scans import GatedDeltaScan, S6Scan, SSDScan
 
 RECURRENT = "get_recurrent_state"  # of transformers' caches: None before the first token
 HEADS = "b t (h p) -> b t h p"
+PER_HEAD_GATE = Site("norm:input[1]", "(b t h) v -> b t (h v)")  # of the norms that see heads as rows
 CONV = Site(
     "/causal_conv1d_fn_0:output",
     "b conv_dim t -> b t conv_dim",
@@ -74,23 +75,41 @@ def ssd(out: Site | None = None, gate: Site | tuple[Site, ...] | None = None) ->
     }
 
 
-def gated_delta() -> dict[str, Site]:
-    """The gated delta rule: x are the values, B the keys, C the queries, beta the write strength."""
+def gated_delta(
+    projections: dict[str, Site], gate: Site, decay: str = "b t h", out: str = "out_proj"
+) -> dict[str, Site]:
+    """The gated delta rule: x are the values, B the keys, C the queries, beta the write strength.
+
+    Args:
+        projections: The input projections, fused or apart.
+        gate: The gate, which the norm that follows the scan applies.
+        decay: Axes of the decay: one for each head, or with ``k`` for each key channel too.
+        out: The output projection.
+    """
     return {
-        "ssm.in_proj": Site("in_proj_qkvz:output", "b t proj"),
+        **projections,
         "ssm.conv": CONV,
         "ssm.x": Site("scan:x", "b t h v"),
         "ssm.B": Site("scan:B", "b t h k"),
         "ssm.C": Site("scan:C", "b t h k"),
         "ssm.beta": Site("scan:beta", "b t h"),
-        "ssm.decay": Site("scan:decay", "b t h"),
+        "ssm.decay": Site("scan:decay", decay),
         "ssm.write": Site("scan:write", "b t h k v"),
         "ssm.state": Site("scan:state", "b t h k v", writable=False),
         "ssm.mixing": Site("scan:mixing", "b h t t", writable=False),
         "ssm.y": Site("scan:y", "b t h v"),
-        "ssm.gate": Site("norm:input[1]", "(b t h) v -> b t (h v)"),
-        "ssm.gated": Site("out_proj:input", "b t d_inner"),
+        "ssm.gate": gate,
+        "ssm.gated": Site(f"{out}:input", "b t d_inner"),
         "ssm.out": Site(":output"),
+    }
+
+
+def qkv_projections() -> dict[str, Site]:
+    """The projections of queries, keys and values, where they are apart: what enters the short convolution."""
+    return {
+        "ssm.q_proj": Site("q_proj:output", "b t d_key"),
+        "ssm.k_proj": Site("k_proj:output", "b t d_key"),
+        "ssm.v_proj": Site("v_proj:output", "b t d_inner"),
     }
 
 
@@ -131,7 +150,7 @@ def ssd_part(*paths: str) -> Part:
 
 def gated_delta_part(*paths: str) -> Part:
     """Where the gated delta rule is in a layer."""
-    dims = {"h": "num_v_heads", "v": "head_v_dim", "k": "head_k_dim", "d_inner": "value_dim"}
+    dims = {"h": "num_v_heads", "v": "head_v_dim", "k": "head_k_dim", "d_inner": "value_dim", "d_key": "key_dim"}
     return Part(paths, "conv1d", dims, GatedDeltaScan(), cache=RECURRENT)
 
 

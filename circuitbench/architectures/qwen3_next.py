@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Architecture, Site
 from .blocks import (
+    PER_HEAD_GATE,
     attention,
     attention_part,
     gated_delta,
@@ -27,7 +28,7 @@ QWEN3_NEXT = Architecture(
     },
     sites={
         **resid_pre(),
-        **gated_delta(),
+        **gated_delta({"ssm.in_proj": Site("in_proj_qkvz:output", "b t proj")}, PER_HEAD_GATE),
         # q and its output gate come out of one projection, per head: [q | gate]
         **attention(q=Site("q_proj:output", "b t (h s p) -> s b t h p", index=0)),
         **resid_mid("post_attention_layernorm"),

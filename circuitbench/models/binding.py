@@ -205,6 +205,7 @@ class Binder:
     def sizes(self, axes: list[str], owner: nn.Module, layer: nn.Module | None, part: Part | None) -> dict[str, int]:
         """Sizes of the axes that the map knows."""
         dims = {**DIMS, **(part.dims if part else {})}
+            copied=site.copied,
         found = {axis: self.attribute(dims[axis], owner, layer) for axis in axes if axis in dims}
         return {axis: size for axis, size in found.items() if isinstance(size, int)}
 
@@ -265,10 +266,8 @@ def canonical_axes(site: Site) -> list[str]:
 
 
 def kind_of(found: dict[str, str], parts: Any) -> str:
-    """``ssm``, ``attention``, ``hybrid`` (both), or ``mlp`` (neither mixes positions)."""
+    """What mixes positions: ``ssm``, ``conv``, ``attention``, ``hybrid`` (attention and one of them), else ``mlp``."""
     mixing = [name for name in found if name != LAYER and parts[name].mixes]
-    if "ssm" in mixing and "attn" in mixing:
-        return "hybrid"
-    if "ssm" in mixing:
-        return "ssm"
-    return "attention" if "attn" in mixing else "mlp"
+    if "attn" in mixing:
+        return "hybrid" if "ssm" in mixing or "conv" in mixing else "attention"
+    return "ssm" if "ssm" in mixing else "conv" if "conv" in mixing else "mlp"

@@ -152,6 +152,7 @@ class Spot:
         trim: bool,
         in_place: bool,
         writable: bool,
+        copied: bool,
     ) -> None:
         self.address = address
         self.envoy = envoy
@@ -166,6 +167,7 @@ class Spot:
         self.trim = trim
         self.in_place = in_place
         self.writable = writable
+        self.copied = copied
         self.instrument: list[Envoy] = []
         self.opens = False
         self.continues = ""
@@ -261,7 +263,7 @@ class Spot:
         rows = own_rows(location, len(whole))
         view = whole[rows] if rows != slice(None) else whole
         grad = torch.is_grad_enabled() and raw.requires_grad
-        if self.in_place or (grad and view._is_view()):
+        if self.in_place or self.copied or (grad and view._is_view()):
             # Autograd refuses in-place edits of some views, and gradients need it in the graph; and what is written by
             # copying must not be what the user has saved.
             view = view.clone()

@@ -210,7 +210,8 @@ class LayerView:
 
     Attributes:
         index: Number of the layer.
-        kind: ``"ssm"``, ``"attention"``, ``"hybrid"`` (both) or ``"mlp"`` (neither).
+        kind: ``"ssm"``, ``"conv"`` (a short convolution and no state), ``"attention"``, ``"hybrid"`` (attention and one
+            of them) or ``"mlp"`` (none).
         envoy: nnsight's envoy of the layer's module.
         shapes: Site name -> shape, with sizes where they are known.
         axes: Site name -> axis names.

@@ -19,7 +19,7 @@ from circuitbench.viewer.text import Real, glyphs, number, running
 
 __all__ = ["Figure", "Numbers", "heatmap", "histogram", "layer_strip", "line_chart", "stylesheet", "token_highlight"]
 
-KINDS = {"ssm": "S", "attention": "A", "hybrid": "H", "mlp": "M"}
+KINDS = {"ssm": "S", "conv": "C", "attention": "A", "hybrid": "H", "mlp": "M"}
 Grid = Sequence[Sequence[Real | None] | Tensor | None] | Tensor
 
 
@@ -170,7 +170,7 @@ def _token(token: str, value: Real, share: Real, peak: bool) -> Markup:
 
 
 def layer_strip(kinds: Iterable[str], *, title: str, caption: str = "") -> Figure:
-    """The layers of a model in order, each with its kind: ssm, attention, hybrid or mlp."""
+    """The layers of a model in order, each with its kind: ssm, conv, attention, hybrid or mlp."""
     kinds = list(kinds)
     if not kinds or not set(kinds) <= set(KINDS):
         raise BadInput(f"layer_strip was given the kinds {sorted(set(kinds))}; there are: {', '.join(KINDS)}.")

@@ -139,7 +139,7 @@ class Report:
     Attributes:
         model: its name.
         summary: a sentence or two, or a few paragraphs, on what was found.
-        layers: the kind of every layer: "ssm", "attention", "hybrid" or "mlp".
+        layers: the kind of every layer: "ssm", "conv", "attention", "hybrid" or "mlp".
         facts: name -> value, shown under the title, such as {"parameters": "9.4 million"}.
         versions: package -> version.
         made: when.

@@ -183,7 +183,7 @@ MAP = {"title": "t", "unit": "u"}
         (lambda: viewer.heatmap([[math.inf]], rows=["0"], columns=["a"], **MAP), "all of them finite"),
         (lambda: viewer.token_highlight(["a"], [1.0, 2.0]), "1 tokens and 2 values"),
         (lambda: viewer.token_highlight(["a"], [-1.0]), "all ≥ 0"),
-        (lambda: viewer.layer_strip(["lstm"], title="t"), r"kinds \['lstm'\]; there are: ssm, attention, hybrid, mlp"),
+        (lambda: viewer.layer_strip(["lstm"], title="t"), r"\['lstm'\]; there are: ssm, conv, attention, hybrid, mlp"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(draw: Callable[[], Figure], message: str) -> None:

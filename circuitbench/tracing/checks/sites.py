@@ -23,7 +23,10 @@ SAME = (
 )
 LOST = "Nothing follows from an edit: the model goes on with another tensor (or its weights ignore this one)."
 SPILT = "An edit reaches earlier tokens or another prompt: the layout mixes batch, position and channel axes."
-IN_PLACE = "In place and by assignment differ: for a residual stream that is added again later, set in_place=True."
+IN_PLACE = (
+    "In place and by assignment differ: for a residual stream that is added again later, set in_place=True; for a "
+    "branch that reads the residual stream itself, copied=True."
+)
 
 
 def check_reading(live: Live) -> None:
