@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModel
-from . import bamba, falcon_h1, granitemoehybrid, jamba, mamba, mamba2, nemotron_h, qwen3_next, transformer, zamba2
+from . import (
+    bamba,
+    falcon_h1,
+    granitemoehybrid,
+    jamba,
+    mamba,
+    mamba2,
+    nemotron_h,
+    olmo_hybrid,
+    qwen3_next,
+    transformer,
+    zamba2,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,6 +62,7 @@ for _map in (
     nemotron_h.NEMOTRON_H,
     granitemoehybrid.GRANITEMOEHYBRID,
     qwen3_next.QWEN3_NEXT,
+    olmo_hybrid.OLMO_HYBRID,
     transformer.GPT2,
     transformer.GPT_NEOX,
     transformer.LLAMA,

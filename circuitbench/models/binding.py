@@ -199,13 +199,13 @@ class Binder:
             scale=None if site.scale is None else float(self.attribute(site.scale, owner._module, layer)),
             trim=site.trim,
             in_place=site.in_place,
+            copied=site.copied,
             writable=site.writable,
         )
 
     def sizes(self, axes: list[str], owner: nn.Module, layer: nn.Module | None, part: Part | None) -> dict[str, int]:
         """Sizes of the axes that the map knows."""
         dims = {**DIMS, **(part.dims if part else {})}
-            copied=site.copied,
         found = {axis: self.attribute(dims[axis], owner, layer) for axis in axes if axis in dims}
         return {axis: size for axis, size in found.items() if isinstance(size, int)}
 

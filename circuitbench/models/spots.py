@@ -151,8 +151,8 @@ class Spot:
         scale: float | None,
         trim: bool,
         in_place: bool,
-        writable: bool,
         copied: bool,
+        writable: bool,
     ) -> None:
         self.address = address
         self.envoy = envoy
@@ -166,8 +166,8 @@ class Spot:
         self.scale = scale
         self.trim = trim
         self.in_place = in_place
-        self.writable = writable
         self.copied = copied
+        self.writable = writable
         self.instrument: list[Envoy] = []
         self.opens = False
         self.continues = ""

@@ -217,6 +217,11 @@ WRONG = {
         sites(resid_mid=Site("post_attention_layernorm:input", base="", in_place=False)),
         ("layers.0.resid_mid", "in place equals assigned", "in_place=True"),
     ),
+    "a branch that reads the residual stream itself": (
+        "olmo_hybrid",
+        sites(mlp__in=Site(":input")),
+        ("layers.1.mlp.in", "in place equals assigned", "copied=True"),
+    ),
     "a branch before its norm": (
         "gemma2",
         sites(attn__out=Site(":output")),
@@ -254,6 +259,7 @@ SITES = {
     "keys for queries": [f"layers.0.attn.{name}" for name in ("q", "k", "v", "pattern", "z")],
     "a residual stream read once and added again": [f"layers.1.{name}" for name in BRANCHES],
     "the same, edited in place": "layers.*.resid_mid",
+    "a branch that reads the residual stream itself": "layers.*.mlp.in",
     "a branch before its norm": [f"layers.0.{name}" for name in BRANCHES],
     "a branch without its multiplier": [f"layers.0.{name}" for name in ("ssm.out", *BRANCHES[1:])],
     "logits before their scaling": "logits",
