@@ -75,8 +75,8 @@ def dplr_iter_states(
 
 def dplr_write(steps: dict[str, Tensor], state: Tensor) -> Float[Tensor, "b t h dk dv"]:
     """back⊗z + k⊗x: what each step adds to the decayed state."""
-    z, _, _ = _chunked(steps, state)
-    return _added(steps, z)
+    carried, _, _ = _chunked(steps, state)
+    return _added(steps, carried)
 
 
 def dplr_with_write(
@@ -128,11 +128,15 @@ def dplr_adjoint(
 def dplr_mixing(steps: dict[str, Tensor]) -> Float[Tensor, "b h t t"]:
     """The recurrence as one causal matrix per head: y = mixing·x, from a zero state."""
     length = steps["x"].shape[1]
-    padded = 2 ** (length - 1).bit_length()
-    run = {key: value.transpose(1, 2) for key, value in _padded(steps, padded).items() if key != "x"}
-    system, from_x, read_z, read_x, _ = _within(run, _block(run["decay"], padded))
-    replies = torch.linalg.solve_triangular(system, from_x, upper=False, unitriangular=True)
-    return (read_x + read_z @ replies)[..., :length, :length]
+    steps = _padded(steps, 2 ** (length - 1).bit_length())
+    within = _within({key: value.transpose(1, 2) for key, value in steps.items() if key != "x"})
+    (probe_k, *probe_back), (r_k, *r_back) = within.pairs
+    if probe_back:
+        answers = torch.linalg.solve_triangular(-probe_back[0], probe_k, upper=False, unitriangular=True)
+        mixing = r_k + r_back[0] @ answers
+    else:
+        mixing = r_k @ _inverse(probe_k)
+    return mixing[..., :length, :length]
 
 
 def _scan(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,71 +168,82 @@ def _given_step(run: dict[str, Tensor], S: Tensor) -> Tensor:
 def _states(run: dict[str, Tensor], S: Tensor) -> Tensor:
     if _given(run):
         return _given_step(run, S)[:, None]
-    z, _, _ = _chunked(run, S)
-    return linear_states(run["decay"][..., None], _added(run, z), S)
+    carried, _, _ = _chunked(run, S)
+    return linear_states(run["decay"][..., None], _added(run, carried), S)
 
 
-def _added(run: dict[str, Tensor], z: Tensor) -> Tensor:
+def _added(run: dict[str, Tensor], carried: Tensor) -> Tensor:
     if "back" not in run:
-        return run["k"][..., None] * (run["x"] - z)[..., None, :]
-    keys, values = torch.stack((run["k"], run["back"]), -1), torch.stack((run["x"], z), -2)
-    return keys @ values
+        return run["k"][..., None] * carried[..., None, :]
+    return torch.stack((run["k"], run["back"]), -1) @ torch.stack((run["x"], carried), -2)
 
 
 def _chunked(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Replies z `(b, t, h, dv)`, outputs and final state: the whole chunks at once, then the rest."""
-    names = [name for name in ("decay", "probe", "back", "k", "r", "x") if name in run]
-    replies, outputs = [], []
-    for start, stop, part in segments({name: run[name] for name in names}, chunk=CHUNK):
+    """What `back` carries into the state, z (without `back`: what k does, x − z), `(b, t, h, dv)`; y; the final state.
+
+    By chunks: the whole ones at once, then the rest.
+    """
+    run = {name: run[name] for name in ("decay", "probe", "back", "k", "r", "x") if name in run}
+    carried, outputs = [], []
+    for start, stop, part in segments(run, chunk=CHUNK):
         z, y, S = _one_step(part, S) if stop - start == 1 else _equal_chunks(part, S)
-        replies.append(z)
+        carried.append(z)
         outputs.append(y)
     if len(outputs) == 1:
-        return replies[0], outputs[0], S
-    return torch.cat(replies, 1), torch.cat(outputs, 1), S
+        return carried[0], outputs[0], S
+    return torch.cat(carried, 1), torch.cat(outputs, 1), S
 
 
 def _one_step(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    now = {key: value[:, 0] for key, value in run.items()}
-    z = (now["probe"][..., None, :] @ S).transpose(1, 2)
-    S = now["decay"][..., None] * S + _added(run, z)[:, 0]
-    return z, _read(run, S), S
+    carried = (run["probe"].transpose(1, 2) @ S).transpose(1, 2)
+    if "back" not in run:
+        carried = run["x"] - carried
+    S = run["decay"][:, 0, ..., None] * S + _added(run, carried)[:, 0]
+    return carried, _read(run, S), S
 
 
 def _equal_chunks(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The WY form of DeltaNet (Yang et al. 2024, arXiv:2406.06484) with a decay per channel.
 
     Within a chunk that starts from S, with P_i the product of the decays up to i and K_ij that of j+1 … i,
-    z_i = (probe_i·P_{i-1})ᵀS + Σ_{j<i} (probe_i·K_{i-1,j}·back_j) z_j + (probe_i·K_{i-1,j}·k_j) x_j: a triangular system
-    for all positions, which is solved before S is known. Only two products run from chunk to chunk.
+    z_i = (probe_i·P_{i-1})ᵀS + Σ_{j<i} (probe_i·K_{i-1,j}·back_j) z_j + (probe_i·K_{i-1,j}·k_j) x_j: one triangular
+    system for all positions, whose inverse does not depend on S. So only a few products run from chunk to chunk.
     """
-    length = run["x"].shape[1]
+    batch, length, heads, _ = run["x"].shape
     size = min(CHUNK, 2 ** (length - 1).bit_length())
     run = _padded(run, -(-length // size) * size)
-    run = {key: value.unflatten(1, (-1, size)).transpose(2, 3).contiguous() for key, value in run.items()}
-    system, from_x, read_z, read_x, (first, last) = _within(run, _block(run["decay"], size))
-    x, k, total = run["x"], run["k"], first[..., -1, :, None]
-    probe = torch.cat((run["probe"][..., :1, :], run["probe"][..., 1:, :] * first[..., :-1, :]), -2)
-    dk = probe.shape[-1]
-    solved = torch.linalg.solve_triangular(system, torch.cat((probe, from_x @ x), -1), upper=False, unitriangular=True)
-    from_state, from_values = solved.split((dk, x.shape[-1]), -1)
-    added = (k * last).mT @ x
-    back = ((run["back"] if "back" in run else -k) * last).mT
-    replies, starts = [], []
-    for probes, values, keep, add, put in zip(
-        *(v.unbind(1) for v in (from_state, from_values, total, added, back)), strict=True
+    run = {key: value.unflatten(1, (-1, size)).permute(1, 0, 3, 2, 4) for key, value in run.items()}
+    x = run["x"].contiguous()
+    within = _within(run)
+    (probe_k, *probe_back), (r_k, *r_back) = within.pairs
+    if probe_back:
+        parts = [_inverse(-probe_back[0]), probe_k @ x, within.tells[1], r_back[0]]
+        added, own = (within.tells[0] @ x).flatten(1, 2).unbind(0), (r_k @ x).flatten(1, 2).unbind(0)
+    else:
+        parts = [_inverse(probe_k), x, within.tells[0], r_k]
+        added = own = None
+    parts += [*within.asks, within.total.mT]
+    sign = 1 if probe_back else -1
+    S, carried, outputs = S.flatten(0, 1), [], []
+    for n, (solve, right, tell, read, ask, query, keep) in enumerate(
+        zip(*(part.flatten(1, 2).unbind(0) for part in parts), strict=True)
     ):
-        starts.append(S)
-        z = values + probes @ S
-        replies.append(z)
-        S = keep * S + add + put @ z
-    z = torch.stack(replies, 1)
-    y = (run["r"] * first) @ torch.stack(starts, 1) + read_x @ x + read_z @ z
-    return _joined(z, length), _joined(y, length), S
+        z = solve @ torch.baddbmm(right, ask, S, alpha=sign)
+        y = query @ S if own is None else torch.baddbmm(own[n], query, S)
+        outputs.append(torch.baddbmm(y, read, z))
+        carried.append(z)
+        S = torch.baddbmm(keep * S if added is None else torch.addcmul(added[n], keep, S), tell, z)
+    carried, outputs = (
+        torch.stack(v).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].contiguous()
+        for v in (carried, outputs)
+    )
+    return carried, outputs, S.unflatten(0, (batch, heads))
 
 
-def _joined(chunks: Float[Tensor, "b n h c d"], length: int) -> Float[Tensor, "b t h d"]:
-    return chunks.transpose(2, 3).flatten(1, 2)[:, :length]
+def _inverse(system: Float[Tensor, "... c c"]) -> Float[Tensor, "... c c"]:
+    """Of the unit triangular matrix with what is below the diagonal of `system`."""
+    eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    return torch.linalg.solve_triangular(system, eye, upper=False, unitriangular=True)
 
 
 def _padded(run: dict[str, Tensor], length: int) -> dict[str, Tensor]:
@@ -241,66 +256,88 @@ def _padded(run: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     }
 
 
-def _within(run: dict[str, Tensor], block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """What positions of one chunk do to each other: operands `(..., c, d)`.
+class Within:
+    """What the positions of each chunk do to each other, and to the state before and after it.
 
-    Returns:
-        The system of the replies (its lower triangle counts), what x adds to its right side, how y reads the replies,
-        how it reads x, each `(..., c, c)`; and the products of decays up to each position and after it.
+    Attributes:
+        pairs: [[probe·k, probe·back], [r·k, r·back]], each `(..., c, c)`: the product over channels of what is asked at
+            i, what is told at j, and the decays between (for the probe, which asks the state before i, up to i−1).
+        asks: probe and r, times the decays since the chunk's start, `(..., c, d)`.
+        tells: k and back, times the decays until the chunk's end, `(..., d, c)`.
+        total: the product of the chunk's decays `(..., 1, d)`.
     """
-    following = torch.cat((run["probe"][..., 1:, :], torch.zeros_like(run["probe"][..., :1, :])), -2)
-    asks = torch.stack((following, run["r"]), -2)
-    tells = torch.stack((run["k"], run["back"]), -2) if "back" in run else run["k"][..., None, :]
-    pairs, products = _pairs(asks, tells, run["decay"], block)
-    # Row i of the first question is what position i+1 asks of the state that i left.
-    before, now = pairs.unbind(-3)
-    before = torch.cat((torch.zeros_like(before[..., :1, :, :]), before[..., :-1, :, :]), -3)
-    from_x, read_x = before[..., 0], now[..., 0]
-    from_z, read_z = (before[..., 1], now[..., 1]) if "back" in run else (-from_x, -read_x)
-    return -from_z, from_x, read_z, read_x, products
+
+    def __init__(self, pairs: list[list[Tensor]], asks: list[Tensor], tells: list[Tensor], total: Tensor) -> None:
+        self.pairs = pairs
+        self.asks = asks
+        self.tells = tells
+        self.total = total
 
 
-def _block(decay: Tensor, most: int) -> int:
-    """How many positions, a power of two, may share one reference point that all products are divided by."""
+def _within(run: dict[str, Tensor]) -> Within:
+    """By blocks, in which all is divided by the decays since their start, where these are not too small for that.
+
+    Then two neighbours at a time become one: what the later asks of the earlier passes the border between them, from
+    where products run in both directions. Nothing is divided, so no decay is too small.
+
+    Args:
+        run: operands `(..., c, d)`, c a power of two.
+    """
+    length = run["decay"].shape[-2]
+    block = _safe_block(run["decay"], length)
+    run = {key: value.unflatten(-2, (-1, block)) for key, value in run.items() if key != "x"}
+    until = run["decay"].contiguous().cumprod(-2)
+    before = torch.cat((torch.ones_like(until[..., :1, :]), until[..., :-1, :]), -2)
+    asks, total = [before * run["probe"], until * run["r"]], until[..., -1:, :]
+    tells = [run[name].mT for name in ("k", "back") if name in run]
+    if block == 1:
+        pairs = [
+            [torch.zeros_like(until[..., :1]) for _ in tells],
+            [(run["r"] * told.mT).sum(-1, keepdim=True) for told in tells],
+        ]
+    else:
+        position = torch.arange(block, device=until.device)
+        hidden = [position >= position[:, None], position > position[:, None]]
+        since_start = until.reciprocal().mT.contiguous()
+        tells = [since_start * told for told in tells]
+        pairs = [
+            [(ask @ told).masked_fill(mask, 0.0) for told in tells] for ask, mask in zip(asks, hidden, strict=True)
+        ]
+        tells = [total.mT * told for told in tells]
+    while block < length:
+        block *= 2
+        earlier_total, later_total = _halves(total)
+        halves_asked, halves_told = [_halves(ask) for ask in asks], [_halves(told) for told in tells]
+        pairs = [
+            [
+                _joined(_halves(pair), later_ask @ earlier_told)
+                for pair, (earlier_told, _) in zip(row, halves_told, strict=True)
+            ]
+            for row, (_, later_ask) in zip(pairs, halves_asked, strict=True)
+        ]
+        asks = [torch.cat((earlier, later * earlier_total), -2) for earlier, later in halves_asked]
+        tells = [torch.cat((earlier * later_total.mT, later), -1) for earlier, later in halves_told]
+        total = earlier_total * later_total
+    pairs = [[pair.squeeze(-3) for pair in row] for row in pairs]
+    return Within(pairs, [v.squeeze(-3) for v in asks], [v.squeeze(-3) for v in tells], total.squeeze(-3))
+
+
+def _safe_block(decay: Float[Tensor, "... c d"], length: int) -> int:
+    """How many positions, a power of two, may be divided by the product of their decays."""
     low, high = (float(v) for v in torch.aminmax(decay.detach()))
     if not (low > 0 and high < math.inf):
         return 1
-    steepest = max(-math.log(low), math.log(high), MOST_DECAY / most)
-    return min(most, 2 ** int(math.log2(max(1.0, MOST_DECAY / steepest))))
+    steepest = max(-math.log(low), math.log(high), MOST_DECAY / length)
+    return 2 ** int(math.log2(max(1.0, MOST_DECAY / steepest)))
 
 
-def _pairs(
-    asks: Float[Tensor, "... c n d"], tells: Float[Tensor, "... c m d"], decay: Float[Tensor, "... c d"], block: int
-) -> tuple[Float[Tensor, "... c n c m"], tuple[Float[Tensor, "... c d"], Float[Tensor, "... c d"]]]:
-    """[i, :, j, :] = Σ_d asks_i·(decay_{j+1} … decay_i)·tells_j, zero for j > i; and the products of decays.
+def _halves(blocks: Float[Tensor, "... n r c"]) -> tuple[Tensor, Tensor]:
+    """Every other block: the earlier of each two neighbours, and the later."""
+    earlier, later = blocks.unflatten(-3, (-1, 2)).unbind(-3)
+    return earlier, later
 
-    Blocks of `block` positions divide by the products since their start. Then two neighbours at a time become one: what
-    the later asks of the earlier passes the border between them, from where products run in both directions; nothing is
-    divided, so no decay is too small.
 
-    Returns:
-        The pairs, and the products up to each position (with its own decay) and after it.
-    """
-    length, n, m = decay.shape[-2], asks.shape[-2], tells.shape[-2]
-    inner = decay.unflatten(-2, (-1, block))
-    since_first = torch.cat((torch.ones_like(inner[..., :1, :]), inner[..., 1:, :].cumprod(-2)), -2)
-    until, after = since_first * inner[..., :1, :], since_first[..., -1:, :] / since_first
-    asks, tells = asks.unflatten(-3, (-1, block)), tells.unflatten(-3, (-1, block))
-    pairs = (asks * since_first[..., None, :]).flatten(-3, -2) @ (tells / since_first[..., None, :]).flatten(-3, -2).mT
-    position = torch.arange(block, device=decay.device)
-    pairs = pairs.masked_fill(position.repeat_interleave(m) > position.repeat_interleave(n)[:, None], 0.0)
-    while block < length:
-        (pairs, later), (until, until_later), (after, after_later) = (
-            v.unflatten(-3, (-1, 2)).unbind(-3) for v in (pairs, until, after)
-        )
-        later_asks = asks.unflatten(-4, (-1, 2))[..., 1, :, :, :] * until_later[..., None, :]
-        earlier_tells = tells.unflatten(-4, (-1, 2))[..., 0, :, :, :] * after[..., None, :]
-        across = later_asks.flatten(-3, -2) @ earlier_tells.flatten(-3, -2).mT
-        none = pairs.new_zeros(1).expand(pairs.shape)
-        pairs = torch.cat((torch.cat((pairs, none), -1), torch.cat((across, later), -1)), -2)
-        after = torch.cat((after * until_later[..., -1:, :], after_later), -2)
-        until = torch.cat((until, until_later * until[..., -1:, :]), -2)
-        asks, tells = (v.unflatten(-4, (-1, 2)).flatten(-4, -3) for v in (asks, tells))
-        block *= 2
-    pairs = pairs.squeeze(-3).unflatten(-1, (length, m)).unflatten(-3, (length, n))
-    return pairs, (until.squeeze(-3), after.squeeze(-3))
+def _joined(halves: tuple[Tensor, Tensor], across: Tensor) -> Tensor:
+    """The causal matrix of two neighbours, from theirs and what the later asks of the earlier."""
+    earlier, later = halves
+    return torch.cat((torch.cat((earlier, torch.zeros_like(earlier)), -1), torch.cat((across, later), -1)), -2)
