@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .base import Architecture, Part, Site
-from .registry import ARCHITECTURES, architecture_of, register
+from .registry import ARCHITECTURES, architecture_of, language_model_type, register
 
-__all__ = ["ARCHITECTURES", "Architecture", "Part", "Site", "architecture_of", "register"]
+__all__ = ["ARCHITECTURES", "Architecture", "Part", "Site", "architecture_of", "language_model_type", "register"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import CONFIG_MAPPING
+
 from ..errors import UnsupportedModel
 from . import (
     bamba,
@@ -14,6 +16,7 @@ from . import (
     mamba2,
     nemotron_h,
     olmo_hybrid,
+    qwen3_5,
     qwen3_next,
     transformer,
     zamba2,
@@ -37,18 +40,27 @@ def register(architecture: Architecture) -> Architecture:
     return architecture
 
 
+def language_model_type(model_type: str) -> str:
+    """The ``model_type`` of a family's language model, where Hugging Face has one of its own for what sees as well."""
+    if model_type in ARCHITECTURES or model_type not in CONFIG_MAPPING:
+        return model_type
+    parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
+    return getattr(parts.get("text_config"), "model_type", model_type)
+
+
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The map for a Hugging Face configuration.
+    """The map for a Hugging Face configuration, or for its text part.
 
     Raises:
         UnsupportedModel: If no map is registered for its ``model_type``.
     """
-    if config.model_type not in ARCHITECTURES:
+    model_type = language_model_type(config.model_type)
+    if model_type not in ARCHITECTURES:
         raise UnsupportedModel(
             f"No architecture map for model_type {config.model_type!r}; there are maps for "
             f"{', '.join(sorted(ARCHITECTURES))}. Add yours with circuitbench.register_architecture(Architecture(...))."
         )
-    return ARCHITECTURES[config.model_type]
+    return ARCHITECTURES[model_type]
 
 
 for _map in (
@@ -62,6 +74,8 @@ for _map in (
     nemotron_h.NEMOTRON_H,
     granitemoehybrid.GRANITEMOEHYBRID,
     qwen3_next.QWEN3_NEXT,
+    qwen3_5.QWEN3_5,
+    qwen3_5.QWEN3_5_MOE,
     olmo_hybrid.OLMO_HYBRID,
     transformer.GPT2,
     transformer.GPT_NEOX,

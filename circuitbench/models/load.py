@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..architectures import ARCHITECTURES, Architecture, architecture_of
+from ..architectures import ARCHITECTURES, Architecture, architecture_of, language_model_type
 from ..architectures.base import find_module
 from ..errors import BadInput, UnsupportedModel, VersionMismatch
 from . import kernels, raw_checkpoints, remote, zoo
@@ -206,11 +206,12 @@ def from_name(
     """The Hugging Face module and tokenizer for a name."""
     scheme, _, rest = name.partition(":")
     if scheme == "random":
-        if rest not in ARCHITECTURES:
+        family = language_model_type(rest)
+        if family not in ARCHITECTURES:
             raise UnsupportedModel(
                 f"random:{rest} is not a family there is a map for; there are {', '.join(sorted(ARCHITECTURES))}."
             )
-        return random_model(ARCHITECTURES[rest], dtype=dtype or torch.float32), tokenizer
+        return random_model(ARCHITECTURES[family], dtype=dtype or torch.float32), tokenizer
     if scheme == "zoo":
         return zoo_model(rest, tokenizer, dtype)
     try:
