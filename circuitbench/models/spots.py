@@ -132,7 +132,8 @@ class Spot:
         locations: nnsight location of the tensor for a whole sequence, and while decoding.
         raw, canonical: einops patterns.
         continues: How to tell that the part goes on from a cached state (`Part.cache`).
-        opens: Whether the site comes before the part's scan, which has to know then which visit it belongs to.
+        opens: Whether the site comes before the part's scan, or another site that depends on the visit: which visit it
+            is has to be known from here on.
         instrument: Modules whose operations must be instrumented before this site is asked for.
         sizes: Axis sizes that the patterns need.
     """
@@ -174,12 +175,17 @@ class Spot:
 
     # Where ------------------------------------------------------------------------------------------------------------
 
+    @property
+    def timed(self) -> bool:
+        """Whether its place or its layout depends on the visit: how long it is, and whether it decodes one token."""
+        return self.trim or self.locations[0] != self.locations[1] or "(b t" in self.raw
+
     def here(self) -> tuple[str, Visit | None]:
         """The location to park at for this visit, and the visit where the layout depends on it."""
         worker(self.address)
         sequence, step = self.locations
         instrument(self.instrument, self.address)
-        if not (self.trim or self.opens or sequence != step or "(b t" in self.raw):
+        if not (self.timed or self.opens):
             return sequence, None
         now = visit(self.part, self.address, self.continues)
         return (step if now.decoding else sequence), now

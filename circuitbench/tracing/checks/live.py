@@ -145,8 +145,9 @@ class Live:
         return [
             (layer.index, name)
             for layer in self.model.layers
-            for name in parts
-            if f"layers.{layer.index}.{name}.y" in self.addresses and (layers is None or layer.index in layers)
+            for name, part in parts.items()
+            if part.scan is not None and f"layers.{layer.index}.{name}.y" in self.addresses
+            if layers is None or layer.index in layers
         ]
 
     # Findings ---------------------------------------------------------------------------------------------------------
