@@ -105,6 +105,9 @@ class Architecture:
         final_norm: Path of the norm before the unembedding.
         unembed: Path of the unembedding.
         embed: Where what enters layer 0 lives, relative to the model.
+        meta_tokens: Attribute (``config.x``) that holds how many columns the layers have before a prompt's own: learned
+            vectors that the model puts there.
+        post_norm: Whether norms stand in the residual stream itself, so that it is no sum of its branches.
         random_config: Arguments of a tiny configuration for ``load_model("random:<model_type>")``.
     """
 
@@ -116,6 +119,8 @@ class Architecture:
     unembed: str = "lm_head"
     embed: Site = Site("{layers}.0:input")
     logits: Site = Site(":output.logits", "b t vocab")
+    meta_tokens: str = ""
+    post_norm: bool = False
     random_config: Mapping[str, Any] = field(default_factory=dict)
 
 

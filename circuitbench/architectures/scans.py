@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..models.spots import Visit
+    from .loops import Loop
+
 
 class Call:
     """One call of a scan, in canonical form.
@@ -71,21 +74,6 @@ def cloned(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.detach().clone()
 
 
-class Loop:
-    """A scan that the part's forward runs as a loop of its own.
-
-    Attributes:
-        given: Name -> address of what the loop is given, in forward order; `Scan.read` gets them as keywords.
-        skipped: Addresses, in forward order, whose values can be replaced so that the loop does not run.
-        output: Address of what comes out of it.
-    """
-
-    def __init__(self, given: dict[str, str], skipped: tuple[str, ...], output: str) -> None:
-        self.given = given
-        self.skipped = skipped
-        self.output = output
-
-
 class Scan:
     """A family's scan: which operations run it, and which recurrence it is.
 
@@ -98,7 +86,8 @@ class Scan:
         step: Address of what runs one token from a cached state (the same, where one operation does both).
         continues: Whether a sequence of several tokens goes on from a cached state.
         write_follows_state: Whether what a step adds depends on the state before it.
-        gate_stays: The gate cannot be kept from the scan; y is then the recurrence's own.
+        loops: Where the scan is a loop in the part's own forward rather than one operation: what is before and after
+            it, in each of the loops there are (see `loops`).
     """
 
     recurrence = ""
@@ -106,19 +95,23 @@ class Scan:
     step = ""
     continues = True
     write_follows_state = False
-    gate_stays = False
     operand_names: tuple[str, ...] = ()
+    loops: tuple[Loop, ...] = ()
 
-    def loop(self, decoding: bool) -> Loop | None:
-        """Where the scan is a loop in the part's own forward rather than one operation: what is before and after it."""
+    def loop(self, now: Visit) -> Loop | None:
+        """The loop that runs in this call of the part."""
         return None
+
+    def pack_head(self, call: Call, head: int, y: Tensor, state: Tensor | None, args: tuple, kwargs: dict) -> Any:
+        """What the operation that a loop calls for one head would have returned, from the result of all heads."""
+        raise TypeError("A Scan whose loop goes over heads says what one of them returns")
 
     def skip(self, call: Call, y: Tensor, state: Tensor, decoding: bool) -> list[Any]:
         """What to put at the loop's `skipped` locations, so that it does not run and leaves this result.
 
         Args:
             call: The scan's call.
-            y: Its output, gated if the loop applies the gate.
+            y: Its output.
             state: Its final state.
             decoding: Whether one token is decoded.
         """
@@ -185,6 +178,7 @@ class S6Scan(Scan):
             },
             D=given.get("D"),
             dtype=given["x"].dtype,
+            initial_state=cloned(given.get("initial_state")),
             gate=None if gate is None else gate.transpose(1, 2),
             returns_state=bool(given.get("return_last_state", False)),
         )
@@ -199,6 +193,13 @@ class S6Scan(Scan):
         if decoding:
             return output.unsqueeze(1)
         return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
+
+
+class ContinuedS6Scan(S6Scan):
+    """``continued_selective_scan`` of our Hymba: as S6's, and several tokens go on from a cached state."""
+
+    sequence = "/continued_selective_scan_0"
+    continues = True
 
 
 class SSDScan(Scan):

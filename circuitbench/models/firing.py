@@ -156,10 +156,7 @@ class Firing:
     def ran(self, output: Any) -> bool:
         """Take over what the operation returned, replayed where it was touched; tells whether to publish it."""
         own = self.scan.output_y(output, self.decoding)
-        self.dtype = own.dtype
-        if self.scan.gate_stays:
-            own = self.replay()[0].to(own.dtype)
-        self.y = own
+        self.y, self.dtype = own, own.dtype
         if self.call.returns_state:
             self.state = output[1]
         if self.stale:
@@ -175,11 +172,19 @@ class Firing:
         """What to put in front of a loop so that it leaves the replayed result (see `Scan.skip`)."""
         if self.instead is None:
             y, state = self.replay()
-            y = y.to(self.call.dtype)
-            if self.gated:
-                y = y * F.silu(self.gate).reshape(y.shape)
-            self.instead = self.scan.skip(self.call, y, state, self.decoding)
+            self.instead = self.scan.skip(self.call, y.to(self.call.dtype), state, self.decoding)
         return self.instead
+
+    def run_here(self) -> None:
+        """y by the recurrence, where the model makes it only together with the gate."""
+        y, state = self.replay()
+        self.y, self.dtype = y.to(self.call.dtype), self.call.dtype
+        self.state = state if self.stale else None
+
+    def packed_head(self, head: int, own: Any, args: tuple, kwargs: dict) -> Any:
+        """What the operation returns for one head; `own` is what it has returned."""
+        packed = self.scan.pack_head(self.call, head, self.y, self.state, args, kwargs)
+        return (packed, own[1]) if isinstance(own, tuple) and not isinstance(packed, tuple) else packed
 
     def keep(self, state: Tensor) -> None:
         """The final state, to where the model keeps it for the next step."""
@@ -192,7 +197,7 @@ class Firing:
     def packed(self) -> Any:
         """The operation's output as the model takes it, gated as the operation would have."""
         y = self.y
-        if self.gate_taken or (self.gated and self.scan.gate_stays):
+        if self.gate_taken:
             y = y * F.silu(self.gate).reshape(y.shape)  # the gate has no head axis
         return self.scan.pack(self.call, y.to(self.dtype).contiguous(), self.state, self.decoding)
 

@@ -42,22 +42,26 @@ class ScanRun:
         self.scan = scan
         self.length = now.length
         self.decoding = now.decoding
-        loop = scan.loop(now.decoding)
+        loop = scan.loop(now)
+        self.each_head = loop is not None and loop.each_head
         if loop is None:
             operation = located(envoy, scan.step if now.decoding else scan.sequence)
             given, self.output = {"": f"{operation}.input"}, f"{operation}.output"
         else:
             given = {name: located(envoy, at) for name, at in loop.given.items()}
-            self.output = located(envoy, loop.output)
+            self.output = located(envoy, f"{loop.output}:output" if loop.each_head else loop.output)
+        self.call = f"{self.output.removesuffix('output')}input"  # of the operation itself, where there is one
         self.skipped = [located(envoy, at) for at in loop.skipped] if loop is not None else []
         self.input = list(given.values())[-1]
+        self.unpublished = False  # whether the heads' calls are still to be given what was made of y
         # Operations of a loop run in some calls of the part only, so each has a count of its own.
         places = (*given.values(), *self.skipped, self.output)
         self.occurrences = {location: wanted(location) for location in places}
         if self.gone(self.input):
             raise self.too_late("its sites were asked for")
         found = {name: self.read(location) for name, location in given.items()}
-        args, kwargs = found[""] if loop is None else ((), found)
+        beside = {"module": envoy._module, "cache": now.cache}
+        args, kwargs = found[""] if loop is None else ((), {**found, **beside})
         batcher = worker(self.input).interleaver.batcher
         if not hasattr(batcher, "circuitbench"):
             batcher.circuitbench = {}
@@ -205,7 +209,13 @@ class ScanRun:
     def arrive(self) -> None:
         """Let the operation run, and keep what it returned."""
         firing = self.firing
-        if firing.y is None and firing.gated and not firing.gate_taken and not self.scan.gate_stays:
+        if self.each_head:
+            # Every block's edits are in when the first head's call is reached.
+            at_visit(self.occurrences[self.output], read_whole, self.call)
+            if firing.y is None:
+                firing.run_here()
+            return
+        if firing.y is None and firing.gated and not firing.gate_taken:
             args, kwargs = self.read(self.input)
             firing.gate_taken = True
             self.write(self.input, self.scan.gateless(args, kwargs))
@@ -241,7 +251,7 @@ class ScanRun:
         if not same(value, now) or "y" in self.held:
             self.held.pop("y", None)
             self.firing.y = splice(self.firing.y, self.rows, value)
-            self.write(self.output, self.firing.packed())
+            self.publish()
         self.settle_later("y was written")
 
     def be_at_output(self) -> None:
@@ -251,8 +261,26 @@ class ScanRun:
         mediator = worker(self.output)
         if mediator.transform is self.pending:
             mediator.transform = None  # settled here instead, so that the gate can be taken before the operation runs
-            self.settle()
+            if self.each_head:
+                self.merge()  # what is made of y goes out in one
+            else:
+                self.settle()
         self.arrive()
+
+    def publish(self) -> None:
+        """Give the model what was made of y."""
+        if self.each_head:
+            self.unpublished = True
+        else:
+            self.write(self.output, self.firing.packed())
+
+    def publish_heads(self) -> None:
+        """The same where one operation is called once a head: each call returns its part."""
+        firing, first = self.firing, self.occurrences[self.output]
+        for head in range(firing.call.operands["x"].shape[2]):
+            args, kwargs = at_visit(first + head, read_whole, self.call)
+            own = at_visit(first + head, read_whole, self.output)
+            at_visit(first + head, write_whole, self.output, firing.packed_head(head, own, args, kwargs))
 
     def settle_later(self, what: str) -> None:
         """Settle when the block moves on."""
@@ -272,6 +300,7 @@ class ScanRun:
         gate_held = "gate" in self.held and (edited(*self.held["gate"]) or torch.is_grad_enabled())
         if firing.stale or firing.tracked or gate_held:
             self.arrive()
+            self.unpublished = self.each_head
         dirty = False
         if gate_held:
             firing.gate = splice(firing.gate, self.rows, self.held["gate"][0])
@@ -283,10 +312,12 @@ class ScanRun:
             if apart and (touched or (torch.is_grad_enabled() and value.requires_grad)):
                 firing.y = splice(firing.y, self.rows, value)
                 dirty = True
-            elif firing.gated and touched:
+            elif (firing.gated or self.each_head) and touched:
                 dirty = True
         if dirty:
-            self.write(self.output, firing.packed())
+            self.publish()
+        if self.unpublished and not self.gone(self.output):
+            self.publish_heads()
         for name, (value, _) in self.held.items():
             self.held[name] = (value, version_of(value))
             seal(value, f"{self.address}.{name}")

@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 class Visit:
     """One call of a part's forward: which one, how long, and whether it goes on from a cached state."""
 
-    def __init__(self, occurrence: int, batch: int, length: int, cached: bool) -> None:
+    def __init__(self, occurrence: int, batch: int, length: int, cached: bool, cache: Any) -> None:
         self.occurrence = occurrence
         self.batch = batch
         self.length = length
         self.cached = cached
+        self.cache = cache
         self.decoding = cached and length == 1  # one token from a cached state is another operation
 
 
@@ -75,7 +76,7 @@ def visit(part: Envoy, address: str, continues: str = "") -> Visit:
     elif continues in kwargs:
         cached = bool(kwargs[continues])
     batch, length = (hidden.shape[0], hidden.shape[1]) if hidden.dim() == 3 else (0, 0)
-    seen[location] = Visit(want, batch, length, cached)
+    seen[location] = Visit(want, batch, length, cached, cache)
     return seen[location]
 
 
@@ -320,5 +321,9 @@ class Spot:
         if self.in_place:
             forget(raw)
             raw.copy_(new)
-        else:
-            write_whole(location, self.replaced(value, new.to(raw.dtype)))
+            return
+        new = new.to(raw.dtype)
+        if new.stride() != raw.stride() and 0 not in raw.stride():
+            # How the model rounds what it computes next depends on the layout in memory.
+            new = torch.empty_strided(raw.shape, raw.stride(), dtype=raw.dtype, device=raw.device).copy_(new)
+        write_whole(location, self.replaced(value, new))

@@ -117,9 +117,8 @@ def lacking_operation(binder: Binder, architecture: Architecture, index: int, na
         return ""
     envoy = binder.envoy(f"{architecture.layers}.{index}", path)
     places = [scan.sequence, scan.step]
-    for loop in (scan.loop(False), scan.loop(True)):
-        if loop is not None:
-            places = [*loop.given.values(), *loop.skipped, loop.output]
+    if scan.loops:
+        places = [at for loop in scan.loops for at in (*loop.given.values(), *loop.skipped, loop.output)]
     for place in places:
         module, _, operation = place.partition(":")[0].partition("/")
         if module and find_module(envoy._module, module) is None:
