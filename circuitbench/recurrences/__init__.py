@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from circuitbench.recurrences import gated_delta, s6, ssd
+from circuitbench.recurrences import gated_delta, kda, s6, ssd
 
-RECURRENCES = {"s6": s6, "ssd": ssd, "gated_delta": gated_delta}
+RECURRENCES = {"s6": s6, "ssd": ssd, "gated_delta": gated_delta, "kda": kda}
 
-__all__ = ["RECURRENCES", "gated_delta", "s6", "ssd"]
+__all__ = ["RECURRENCES", "gated_delta", "kda", "s6", "ssd"]

@@ -57,8 +57,14 @@ def delta_case(batch: int, length: int, heads: int = 3, dk: int = 4, dv: int = 5
     return Case("gated_delta", operands, torch.randn(heads), torch.randn(batch, heads, dk, dv))
 
 
+def kda_case(batch: int, length: int, heads: int = 3, dk: int = 4, dv: int = 5) -> Case:
+    layer = delta_case(batch, length, heads, dk, dv)
+    layer.operands["g"] = -F.softplus(torch.randn(batch, length, heads, dk) - 2)
+    return Case("kda", layer.operands, layer.D, layer.initial_state)
+
+
 def case(name: str, batch: int = 2, length: int = 37, **sizes: int) -> Case:
-    return {"s6": s6_case, "ssd": ssd_case, "gated_delta": delta_case}[name](batch, length, **sizes)
+    return {"s6": s6_case, "ssd": ssd_case, "gated_delta": delta_case, "kda": kda_case}[name](batch, length, **sizes)
 
 
 SHAPES = [
@@ -76,6 +82,10 @@ SHAPES = [
     ("gated_delta", {"batch": 1, "length": 1}),
     ("gated_delta", {"batch": 2, "length": 96, "dk": 8, "dv": 2}),
     ("gated_delta", {"batch": 1, "length": 75, "heads": 1, "dk": 1, "dv": 7}),
+    ("kda", {"batch": 2, "length": 37}),
+    ("kda", {"batch": 1, "length": 1}),
+    ("kda", {"batch": 2, "length": 96, "dk": 8, "dv": 2}),
+    ("kda", {"batch": 1, "length": 75, "heads": 1, "dk": 1, "dv": 7}),
 ]
 each_shape = pytest.mark.parametrize(("name", "sizes"), SHAPES, ids=lambda v: v if isinstance(v, str) else str(v))
 

@@ -53,7 +53,21 @@ def delta_read(now: dict[str, Tensor], S: Tensor) -> Tensor:
     return (S * now["C"][..., None]).sum(2)
 
 
-STEPS = {"s6": (s6_step, s6_read), "ssd": (ssd_step, ssd_read), "gated_delta": (delta_step, delta_read)}
+def kda_step(now: dict[str, Tensor], S: Tensor, decay: Tensor | None, write: Change) -> Tensor:
+    """Kimi Linear, equation 1: S = (I − beta·k·kᵀ)·Diag(a)·S + beta·k·vᵀ."""
+    a = (now["g"].exp() if decay is None else decay)[..., None]
+    k, v, beta = now["B"][..., None], now["x"][:, :, None, :], now["beta"][:, :, None, None]
+    erased = torch.eye(k.shape[2], dtype=S.dtype) - beta * k * k.transpose(2, 3)
+    full = erased @ (a * S) + beta * k * v
+    return a * S + write(full - a * S)
+
+
+STEPS = {
+    "s6": (s6_step, s6_read),
+    "ssd": (ssd_step, ssd_read),
+    "gated_delta": (delta_step, delta_read),
+    "kda": (kda_step, delta_read),
+}
 
 
 def run(

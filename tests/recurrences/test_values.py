@@ -7,11 +7,15 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.kimi_linear.modeling_kimi_linear import (
+    chunk_kimi_delta_attention,
+    recurrent_kimi_delta_attention,
+)
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from circuitbench.recurrences import gated_delta, s6, ssd
+from circuitbench.recurrences import gated_delta, kda, s6, ssd
 from tests.recurrences import reference
 from tests.recurrences.cases import Case, case, close, each_recurrence, each_shape
 
@@ -106,7 +110,7 @@ def test_bfloat16_stays_within_three_percent(name) -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 30.0, 1e5])
 def test_extreme_decays_stay_finite_and_right(name, scale) -> None:
     layer = case(name, length=150)
-    log_decay = "g" if name == "gated_delta" else "A"
+    log_decay = "g" if name in ("gated_delta", "kda") else "A"
     layer.operands[log_decay] = layer.operands[log_decay] * scale
     check(layer)
 
@@ -115,7 +119,7 @@ def test_extreme_decays_stay_finite_and_right(name, scale) -> None:
 def test_one_vanishing_decay_costs_the_later_ones_no_digits(name) -> None:
     # A difference of running sums would: after a step of -1e6 the sum has no digits left for steps of -0.01.
     layer = case(name, length=100)
-    if name == "gated_delta":
+    if name in ("gated_delta", "kda"):
         layer.operands["g"][:] = -0.01
         layer.operands["g"][:, 40] = -1e6
     else:
@@ -172,5 +176,16 @@ def test_gated_delta_is_hugging_faces_rule() -> None:
         q, k, x, g, beta, initial_state=layer.initial_state, output_final_state=True
     )
     ours, state = gated_delta.forward(x, k, q * q.shape[-1] ** -0.5, g, beta, initial_state=layer.initial_state)
+    close(ours, y, 1e-5)
+    close(state, final, 1e-5)
+
+
+@pytest.mark.parametrize("function", [chunk_kimi_delta_attention, recurrent_kimi_delta_attention])
+def test_kda_is_hugging_faces_attention(function) -> None:
+    layer = case("kda")
+    x, k, q, g, beta = layer.operands.values()
+    q = F.normalize(q, dim=-1)
+    y, final = inspect.unwrap(function)(q, k, x, g, beta, initial_state=layer.initial_state, output_final_state=True)
+    ours, state = kda.forward(x, k, q * q.shape[-1] ** -0.5, g, beta, initial_state=layer.initial_state)
     close(ours, y, 1e-5)
     close(state, final, 1e-5)
