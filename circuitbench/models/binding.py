@@ -43,6 +43,12 @@ class Binder:
         self.config = self.hf.config.get_text_config()
         self.architecture = architecture
 
+    @property
+    def meta_tokens(self) -> int:
+        """Columns that the layers have before a prompt's own."""
+        name = self.architecture.meta_tokens
+        return int(self.attribute(name, self.hf, None)) if name else 0
+
     def layers(self) -> list[LayerView]:
         """Views of all layers."""
         modules = find_module(self.hf, self.architecture.layers)
@@ -220,7 +226,10 @@ class Binder:
         """The canonical axes, with sizes where the map knows them."""
         axes = canonical_axes(site)
         sizes = self.sizes(axes, owner, layer, part)
-        return tuple(f"{sizes[axis]}" if axis in sizes else axis for axis in axes)
+        known = {axis: f"{size}" for axis, size in sizes.items()}
+        if self.meta_tokens and site is not self.architecture.logits:
+            known["t"] = f"{self.meta_tokens}+t"
+        return tuple(known.get(axis, axis) for axis in axes)
 
     def place(self, at: str, home: Envoy) -> tuple[Envoy, str, str | int | None] | None:
         """Envoy, nnsight location and element for an address in a map."""

@@ -23,6 +23,7 @@ from transformers import (
 from ..architectures import ARCHITECTURES, Architecture, architecture_of, language_model_type
 from ..architectures.base import find_module
 from ..errors import BadInput, UnsupportedModel, VersionMismatch
+from . import hymba as _hymba  # noqa: F401 (makes itself known to transformers' Auto classes)
 from . import kernels, raw_checkpoints, remote, zoo
 from .binding import Binder
 from .id_tokenizer import id_tokenizer
@@ -193,7 +194,7 @@ def bind(nn: TransformersModel, architecture: Architecture) -> Model:
         at = site.at.format(layers=architecture.layers)
         roots[name] = binder.root(name, at, site)
     shapes = {name: binder.shape(getattr(architecture, name), binder.hf, None, None) for name in roots}
-    return Model(nn, layers, roots, shapes, architecture.model_type)
+    return Model(nn, layers, roots, shapes, architecture.model_type, binder.meta_tokens)
 
 
 def from_name(

@@ -26,11 +26,14 @@ class Model:
 
     Attributes:
         layers: The layers; ``model.layers[3].ssm.y``.
+        meta_tokens: Columns that all sites but the logits have before a prompt's own tokens, in a forward that begins
+            with the prompt; 0 for all families but Hymba.
     """
 
     nn: Any  # nnsight's model; Any, because nnsight types every attribute of an envoy as a tensor
     layers: Layers
     architecture: str
+    meta_tokens: int
     _roots: dict[str, Spot]
     _shapes: dict[str, tuple[str, ...]]
 
@@ -41,12 +44,14 @@ class Model:
         roots: dict[str, Spot],
         shapes: dict[str, tuple[str, ...]],
         architecture: str,
+        meta_tokens: int = 0,
     ) -> None:
         self.__dict__["nn"] = nn
         self.__dict__["layers"] = Layers(layers)
         self.__dict__["_roots"] = roots
         self.__dict__["_shapes"] = shapes
         self.__dict__["architecture"] = architecture
+        self.__dict__["meta_tokens"] = meta_tokens
 
     @property
     def hf(self) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import BadInput
 from .id_tokenizer import NAME as IDS_ONLY
@@ -47,6 +48,10 @@ class Batch:
     def index(self) -> Int[Tensor, "b t"]:
         """Each column's token index in its own prompt, -1 for padding."""
         return token_index(self.attention_mask)
+
+    def columns(self, model: Model) -> Int[Tensor, "b columns"]:
+        """Each column's token index inside the model's layers: as `index`, after the columns of meta tokens (-1)."""
+        return F.pad(self.index, (model.meta_tokens, 0), value=-1)
 
     def inputs(self, model: Model) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""

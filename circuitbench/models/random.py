@@ -42,6 +42,7 @@ def random_model(
 
 def spread(name: str, parameter: torch.Tensor) -> None:
     """Move a parameter away from its initial value, by an amount that keeps the model sane."""
+    name = name.removesuffix(".0")  # in a list of one
     if name.endswith((".D", "A_log", "dt_bias")) or parameter.dim() == 1:
         parameter.add_(torch.randn_like(parameter), alpha=0.3 if name.endswith(".D") else 0.1)
     elif parameter.std() < 0.05:

@@ -41,11 +41,12 @@ def run_plan(model: Model, plan: Plan, columns: Columns, keep: Int[Tensor, "b k"
 
 
 def read_columns(model: Model, address: str, keep: Tensor | None) -> Tensor:
-    """A site, or some columns of it; the state is then never whole in memory."""
-    if keep is None:
-        return read_site(model, address)
-    if address.endswith(".ssm.state"):
+    """A site in the prompts' own columns, or in some of them; the state is then never whole in memory."""
+    meta = 0 if address == "logits" else model.meta_tokens
+    axes = axes_by_address(model, address)
+    if keep is not None and address.endswith(".ssm.state"):
         _, layer, _ = address.split(".", 2)
+        keep = keep + meta
         picked: list[Any] = [None] * keep.numel()
         for start, states in model.layers[int(layer)].ssm.iter_state():
             for place, column in enumerate(keep.flatten().tolist()):
@@ -53,7 +54,11 @@ def read_columns(model: Model, address: str, keep: Tensor | None) -> Tensor:
                     picked[place] = states[place // keep.shape[1], column - start].clone()
         return torch.stack(picked).unflatten(0, tuple(keep.shape))
     value = read_site(model, address)
-    axis = axes_by_address(model, address).index("t")
+    if meta:
+        value = value[tuple(slice(meta if name == "t" else 0, None) for name in axes)]
+    if keep is None:
+        return value
+    axis = axes.index("t")
     value = value.movedim(axis, 1)
     rows = torch.arange(len(value), device=value.device)[:, None]
     return value[rows, keep.to(value.device)].movedim(1, axis)
@@ -75,7 +80,7 @@ def apply_at(model: Model, address: str, interventions: list[Any], columns: Colu
     axes = axes_by_address(model, address)
     value = read_site(model, address)
     if address == "logits" and value.shape[1] < columns.index.shape[1]:
-        columns = columns.last(value.shape[1])  # ``generate`` asks for the last ones alone
+        columns = columns.last(value.shape[1])  # no meta tokens; and ``generate`` asks for the last ones alone
     for item in others:
         value = item.changed(value, columns, address, axes)
     write_site(model, address, value)
@@ -151,7 +156,9 @@ def columns_of(model: Model, before: Columns | None, so_far: int, counted: bool)
     else:
         start = cached(cache, counted) if before is None else so_far
     if mask is None or mask.shape[1] < start + length:
-        known = ids.new_empty(rows, 0) if before is None else (before.keys >= 0)[:, : start + length]
+        known = ids.new_empty(rows, 0)
+        if before is not None:
+            known = (before.keys[:, model.meta_tokens :] >= 0)[:, : start + length]
         known = known.to(ids.device, torch.long)
         if mask is not None:
             known = known[:, :start]
@@ -161,7 +168,9 @@ def columns_of(model: Model, before: Columns | None, so_far: int, counted: bool)
     mask = mask.long()
     keys = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
     lengths = mask.sum(1) if before is None else before.lengths
-    return Columns(keys[:, start:], lengths, True, keys), start + length
+    meta = keys.new_full((rows, model.meta_tokens), -1)
+    index = keys[:, start:] if start else torch.cat([meta, keys], 1)
+    return Columns(index, lengths, True, torch.cat([meta, keys], 1)), start + length
 
 
 def cached(cache: Any, counted: bool) -> int:

@@ -37,7 +37,7 @@ def forward(
     """
     check_place(model, remote, blocking)
     plan = planned(model, interventions, sites)
-    columns, inputs = Columns(batch.index, batch.lengths), batch.inputs(model)
+    columns, inputs = Columns(batch.columns(model), batch.lengths), batch.inputs(model)
     with lock_of(model), torch.no_grad():
         with model.trace(**inputs, remote=remote, blocking=blocking) as sent:
             found = nnsight.save(run_plan(model, plan, columns))

@@ -234,7 +234,7 @@ def prepared(model: Model, batch: Batch, addresses: list[str], keep: Int[Tensor,
     plan = [(address, [], True) for address in addresses]
     if keep is not None:
         keep = keep + (batch.input_ids.shape[1] - batch.lengths)[:, None]
-    return plan, Columns(batch.index, batch.lengths), batch.inputs(model), keep
+    return plan, Columns(batch.columns(model), batch.lengths), batch.inputs(model), keep
 
 
 def unpadded(model: Model, batch: Batch, address: str, value: Tensor, kept: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ class Columns:
     """Which of each prompt's own tokens the columns of one forward hold.
 
     Attributes:
-        index: Token index of every column, -1 for padding.
+        index: Token index of every column, -1 for padding and meta tokens.
         lengths: Tokens of each prompt.
         growing: Whether tokens may be generated after the prompt, so that an index past its end may still come.
         keys: Token index of everything that can be attended to, cached columns included.

@@ -56,12 +56,12 @@ def identities(model: Model, addresses: list[str], in_place: bool) -> dict[str, 
     return {"logits": model.logits}
 
 
-def edits(model: Model, addresses: list[str], row: int, first: int, in_place: bool) -> dict[str, Any]:
-    """Every site gets other values in one prompt, from one column on."""
+def edits(model: Model, addresses: list[str], row: int, last: int, in_place: bool) -> dict[str, Any]:
+    """Every site gets other values in one prompt's last columns."""
     for address in addresses:
         value = read_site(model, address)
         before = axes_by_address(model, address).index("t") - 1
-        where = (row, *[slice(None)] * before, slice(first, None))
+        where = (row, *[slice(None)] * before, slice(-last, None))
         new = disturbed(value)[where]
         if in_place:
             value[where] = new

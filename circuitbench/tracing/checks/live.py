@@ -93,6 +93,11 @@ class Live:
         plain = self.remote in (False, "local") and kernels.kernel_package(scan) is None
         return 0.0 if plain else self.tolerance
 
+    @property
+    def columns(self) -> Tensor:
+        """Which columns of the layers are no padding, `(b, columns)`: the meta tokens stand before a prompt's first."""
+        return torch.cat([self.mask, self.mask.new_ones(len(self.mask), self.model.meta_tokens)], 1)
+
     # Running ----------------------------------------------------------------------------------------------------------
 
     def run(

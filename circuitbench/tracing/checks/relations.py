@@ -74,9 +74,9 @@ def branches(live: Live, layer: LayerView) -> tuple[list[str], str]:
 
 def check_heads(live: Live) -> None:
     """A head of q, k, v or the pattern reaches its own pattern and output alone, from its own position on."""
-    row, t = 1, live.mask.shape[1]
+    row, t = 1, live.columns.shape[1]
     column = t - 4
-    real = live.mask[row]
+    real = live.columns[row]
     for layer in live.first:
         prefix = f"layers.{layer}.attn"
         if not all(f"{prefix}.{name}" in live.addresses for name in ("q", "k", "v", "pattern", "z")):

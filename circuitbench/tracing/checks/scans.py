@@ -96,7 +96,7 @@ def check_states(live: Live) -> None:
     places = [place for place in live.scans() if f"layers.{place[0]}.{place[1]}.state" in live.addresses]
     if not places:
         return
-    position = live.mask.shape[1] // 2
+    position = live.columns.shape[1] // 2
     together = live.moved(same_states, places, position)
     holds = not isinstance(together, Failure) and together <= live.tolerance
     for place in places:
@@ -115,7 +115,7 @@ def check_cache(live: Live, layer: int, part: str) -> None:
         live.unverified(site, CACHE, "the weights are not on this machine")
         return
     ids = live.inputs["input_ids"][:1].to(live.model.device)
-    found = live.attempt(state_edit, layer, part, PREFIX - 1, input_ids=ids)
+    found = live.attempt(state_edit, layer, part, live.model.meta_tokens + PREFIX - 1, input_ids=ids)
     if isinstance(found, Failure):
         live.note(site, CACHE, found, live.tolerance, "The state cannot be read and edited.")
         return

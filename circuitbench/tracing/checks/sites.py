@@ -100,7 +100,7 @@ def expected_shape(live: Live, address: str) -> tuple[int | str, ...]:
     b, t = live.mask.shape
     layer, _, name = address.removeprefix("layers.").partition(".")
     shape = live.model.layers[int(layer)].shapes[name] if name else live.model._shapes[address]
-    known = {"b": b, "t": t, "channels": 1}
+    known = {"b": b, "t": t, "channels": 1, f"{live.model.meta_tokens}+t": live.columns.shape[1]}
     return tuple(int(axis) if axis.isdigit() else known.get(axis, "") for axis in shape)
 
 
@@ -164,7 +164,7 @@ def check_edits(live: Live) -> None:
         return min(moved, relative(logits[where], replays[f"{layer}.{part}"][where]))
 
     for address in chosen:
-        found = live.attempt(edits, [address], row, start, False)
+        found = live.attempt(edits, [address], row, EDITED, False)
         if isinstance(found, Failure):
             inside = outside = found
         else:
@@ -174,8 +174,8 @@ def check_edits(live: Live) -> None:
 
     def difference(addresses: list[str]) -> float | Failure:
         """How far the logits after edits in place are from those after edits by assignment."""
-        assigned = live.attempt(edits, addresses, row, start, False)
-        in_place = live.attempt(edits, addresses, row, start, True)
+        assigned = live.attempt(edits, addresses, row, EDITED, False)
+        in_place = live.attempt(edits, addresses, row, EDITED, True)
         if isinstance(assigned, Failure):
             return assigned
         return in_place if isinstance(in_place, Failure) else live.distance(in_place["logits"], assigned["logits"])
