@@ -255,7 +255,7 @@ class SSDScan(Scan):
 
 
 class GatedDeltaScan(Scan):
-    """``torch_chunk_gated_delta_rule`` and ``torch_recurrent_gated_delta_rule`` (Qwen3-Next)."""
+    """``torch_chunk_gated_delta_rule`` and ``torch_recurrent_gated_delta_rule`` (Qwen3-Next and -3.5, OLMo Hybrid)."""
 
     recurrence = "gated_delta"
     sequence = "/torch_chunk_gated_delta_rule_0"
@@ -290,3 +290,11 @@ class GatedDeltaScan(Scan):
 
     def output_y(self, output: Any, decoding: bool) -> Tensor:
         return output[0]
+
+
+class KDAScan(GatedDeltaScan):
+    """``chunk_kimi_delta_attention`` and ``recurrent_kimi_delta_attention`` (Kimi Linear), called alike."""
+
+    recurrence = "kda"
+    sequence = "/chunk_kimi_delta_attention_0"
+    step = "/recurrent_kimi_delta_attention_0"

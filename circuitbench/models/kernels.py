@@ -33,6 +33,8 @@ KERNEL_FUNCTIONS = (
     "mamba2_split_conv1d_scan_combined",
     "torch_chunk_gated_delta_rule",
     "torch_recurrent_gated_delta_rule",
+    "chunk_kimi_delta_attention",
+    "recurrent_kimi_delta_attention",
 )
 MARK = "circuitbench"
 
