@@ -82,6 +82,11 @@ class Firing:
         home = self.operands if name in self.operands else self.overrides
         home[name] = splice(self.current(name), rows, value)
 
+    def start_from(self, state: Tensor) -> None:
+        """Let the recurrence go on from a state that the operation itself does not take."""
+        self.call.initial_state = state.to(self.call.operands["x"].device)
+        self.stale = True
+
     def edit(self, rows: slice, position: int, value: Any, when: str) -> None:
         """Add a state edit."""
         if self.edits and when != self.when:

@@ -32,12 +32,9 @@ if TYPE_CHECKING:
 class ScanRun:
     """One block's dealings with one run of the scan."""
 
-    def __init__(self, address: str, envoy: Envoy, scan: Scan, recurrence: Any, now: Visit) -> None:
-        if now.cached and not now.decoding and not scan.continues:
-            raise BadInput(
-                f"{address}: {now.length} tokens follow a cached state, and transformers starts this scan from zero "
-                "again; give it one token at a time, or the whole sequence without a cache."
-            )
+    def __init__(
+        self, address: str, envoy: Envoy, scan: Scan, recurrence: Any, now: Visit, start: Tensor | None
+    ) -> None:
         self.address = address
         self.scan = scan
         self.length = now.length
@@ -70,9 +67,19 @@ class ScanRun:
             call = scan.read(args, kwargs, now.decoding)
             shared[key] = Firing(address, scan, recurrence, call, now.decoding)
         self.firing: Any = shared[key]
+        if start is not None:
+            self.firing.start_from(start)
+        if now.cached and not now.decoding and not scan.continues and self.firing.call.initial_state is None:
+            raise BadInput(
+                f"{address}: {now.length} tokens follow a cached state, and transformers starts this scan from zero "
+                "again; give it one token at a time, the whole sequence without a cache, or use "
+                "circuitbench.continue_from."
+            )
         self.rows = own_rows(self.input, len(self.firing.call.operands["x"]))
         self.held: dict[str, tuple[Tensor, Any]] = {}  # what the block holds, and its version when it was handed out
         self.pending: Any = None  # the write-back that will settle this run
+        if start is not None:
+            self.settle_later("it was given a state")
 
     def gone(self, location: str) -> bool:
         """Whether the model is past this run's visit of a location."""
@@ -359,11 +366,13 @@ def located(envoy: Envoy, at: str) -> str:
     return f"{location}.{port}" if port else location
 
 
-def run_of(address: str, envoy: Envoy, scan: Scan, recurrence: Any, continues: str) -> ScanRun:
-    """The block's current run of this scan, or a new one at the visit it asks for next."""
+def run_of(
+    address: str, envoy: Envoy, scan: Scan, recurrence: Any, continues: str, start: Tensor | None = None
+) -> ScanRun:
+    """The block's current run of this scan, or a new one at the visit it asks for next, from `start` if it is given."""
     seen = notes(envoy.path)
     last = seen.get(("scan", envoy.path))
     now = visit(envoy, address, continues)
     if last is None or last[0] is not now:
-        last = seen[("scan", envoy.path)] = (now, ScanRun(address, envoy, scan, recurrence, now))
+        last = seen[("scan", envoy.path)] = (now, ScanRun(address, envoy, scan, recurrence, now, start))
     return last[1]

@@ -114,11 +114,11 @@ class SSMView(PartView):
         """Names of this mixer's sites, in the order the model reaches them."""
         return list(self._names)
 
-    def _run(self) -> ScanRun:
-        """The block's run of the scan."""
+    def _run(self, start: Tensor | None = None) -> ScanRun:
+        """The block's run of the scan; one that goes on from a state `(b, ...)`, if it is given."""
         worker(self._address)
         instrument(self._instrument, self._address)
-        return run_of(self._address, self._envoy, self._scan, self._recurrence, self._continues)
+        return run_of(self._address, self._envoy, self._scan, self._recurrence, self._continues, start)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
