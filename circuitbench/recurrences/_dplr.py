@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 CHUNK = 32  # positions solved together, a power of two
 MOST_DECAY = 20.0  # up to a product of e^±20 over a block, dividing by products of decays is safe in float32
+SMALLEST_BLOCK = 8  # where a single decay may be tinier than e^(−20/8), its own gradient would lose digits
 
 
 def dplr_forward(
@@ -286,6 +287,8 @@ def _within(run: dict[str, Tensor]) -> Within:
     length = run["decay"].shape[-2]
     block = _safe_block(run["decay"], length)
     run = {key: value.unflatten(-2, (-1, block)) for key, value in run.items() if key != "x"}
+    if block == 1:
+        run["decay"] = _without_denormals(run["decay"])
     until = run["decay"].contiguous().cumprod(-2)
     before = torch.cat((torch.ones_like(until[..., :1, :]), until[..., :-1, :]), -2)
     asks, total = [before * run["probe"], until * run["r"]], until[..., -1:, :]
@@ -317,7 +320,7 @@ def _within(run: dict[str, Tensor]) -> Within:
         ]
         asks = [torch.cat((earlier, later * earlier_total), -2) for earlier, later in halves_asked]
         tells = [torch.cat((earlier * later_total.mT, later), -1) for earlier, later in halves_told]
-        total = earlier_total * later_total
+        total = _without_denormals(earlier_total * later_total)
     pairs = [[pair.squeeze(-3) for pair in row] for row in pairs]
     return Within(pairs, [v.squeeze(-3) for v in asks], [v.squeeze(-3) for v in tells], total.squeeze(-3))
 
@@ -328,7 +331,17 @@ def _safe_block(decay: Float[Tensor, "... c d"], length: int) -> int:
     if not (low > 0 and high < math.inf):
         return 1
     steepest = max(-math.log(low), math.log(high), MOST_DECAY / length)
-    return 2 ** int(math.log2(max(1.0, MOST_DECAY / steepest)))
+    block = 2 ** int(math.log2(max(1.0, MOST_DECAY / steepest)))
+    return block if block >= SMALLEST_BLOCK else 1
+
+
+def _without_denormals(product: Tensor) -> Tensor:
+    """Zero where the next product might leave the normal numbers, on which a CPU takes many times longer.
+
+    The gradient stays: a decay of zero has one too.
+    """
+    small = product.detach()
+    return product - small.masked_fill(small.abs() >= torch.finfo(small.dtype).tiny ** 0.5, 0.0)
 
 
 def _halves(blocks: Float[Tensor, "... n r c"]) -> tuple[Tensor, Tensor]:
