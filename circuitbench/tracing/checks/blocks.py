@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from ...models.events import read_whole
 from ..addresses import axes_by_address, owner_of, read_site, write_site
@@ -86,17 +87,26 @@ def scans(model: Model, places: list[tuple[int, str]]) -> dict[str, Any]:
     """What each scan was given, what the model's own code made of it, and what the recurrence makes of it."""
     found: dict[str, Any] = {}
     for layer, part in places:
-        view = getattr(model.layers[layer], part)
-        args, kwargs = read_whole(view._run().input)
-        call, recurrence = view._scan.read(args, kwargs, False), view._recurrence
+        view, prefix = getattr(model.layers[layer], part), f"layers.{layer}.{part}"
+        # Where a loop applies the gate, only the gated output is the model's own.
+        inside = any(loop.each_head for loop in view._scan.loops)
+        gate: Any = view.gate if inside else None
+        run = view._run()
+        call, recurrence = run.firing.call, view._recurrence
         given = {**call.operands, "D": call.D, "initial_state": call.initial_state}
-        here: dict[str, Any] = {"call": (args, kwargs), "operands": call.operands, "D": call.D}
+        here: dict[str, Any] = {"operands": call.operands, "D": call.D}
+        if not view._scan.loops:
+            here["call"] = read_whole(run.input)
         here["replayed"], _ = recurrence.forward(**given)
         here["exact"], _ = recurrence.forward(**given, accumulate=torch.float64)
         if "mixing" in view.sites:
-            by_channel = "channels" in axes_by_address(model, f"layers.{layer}.{part}.mixing")
-            here["mixing"] = view.mixing(channels=[0, call.operands["x"].shape[2] - 1]) if by_channel else view.mixing
+            channels = [0, call.operands["x"].shape[2:].numel() - 1]
+            by_channel = "channels" in axes_by_address(model, f"{prefix}.mixing")
+            here["mixing"] = view.mixing(channels=channels) if by_channel else view.mixing
+            here["channels"] = channels if by_channel else None
         here["own"] = view.y
+        if inside:
+            here["gated"] = (view.gated, F.silu(gate) * here["replayed"].flatten(2))
         found[f"layers.{layer}.{part}"] = here
     return found
 
@@ -171,13 +181,15 @@ def heads(model: Model, layer: int, name: str, head: int, row: int, column: int)
 def gated(model: Model, layer: int, part: str, head: int, channels: tuple[int, int], gate: bool) -> dict[str, Any]:
     """The gated output of a scan that writes in one head alone, with the gate changed everywhere else or not."""
     view = getattr(model.layers[layer], part)
-    y = view.y
-    kept = y[:, :, head].clone()
-    y[:] = 0
-    y[:, :, head] = kept
-    if gate:
-        value = view.gate
-        new = disturbed(value)
-        value[..., : channels[0]] = new[..., : channels[0]]
-        value[..., channels[1] :] = new[..., channels[1] :]
+    for name in (name for name in view.sites if name in ("gate", "y")):  # in the order the model reaches them
+        if name == "y":
+            y = view.y
+            kept = y[:, :, head].clone()
+            y[:] = 0
+            y[:, :, head] = kept
+        elif gate:
+            value = view.gate
+            new = disturbed(value)
+            value[..., : channels[0]] = new[..., : channels[0]]
+            value[..., channels[1] :] = new[..., channels[1] :]
     return {"gated": view.gated}

@@ -60,6 +60,8 @@ def branches(live: Live, layer: LayerView) -> tuple[list[str], str]:
     checked = [name for name in names if f"layers.{layer.index}.{name}" in live.addresses]
     if "resid_pre" not in checked or "resid_post" not in checked:
         return [], ""
+    if architecture.post_norm:
+        return names, "norms stand in the residual stream itself, so it is no sum"
     if checked != names:
         return names, "one of the sites it needs is not checked"
     other = uncovered(layer.envoy._module, found)

@@ -40,6 +40,8 @@ def check_scans(live: Live) -> None:
             live.note(f"{site}.y", "the scan replayed", here, None, advice)
             continue
         here = here[site]
+        if "gated" in here:
+            live.note(f"{site}.gated", "the scan replayed, gated", relative(*here["gated"]), live.tolerance, advice)
         here["own"] = own_y(live, here)
         bound = max(live.floor, 3 * relative(here["replayed"], here["exact"]))
         live.note(f"{site}.y", "the scan replayed", relative(here["replayed"], here["own"]), bound, advice)
@@ -61,7 +63,7 @@ def own_y(live: Live, here: dict[str, Any]) -> Tensor:
     """What the model's own code makes of the scan's arguments: its output, or that of the code ours stands in for."""
     function = getattr(kernels.modeling_module(live.model.hf), "mamba_selective_scan", None)
     original = getattr(function, kernels.MARK, None)
-    if original is None or live.remote not in (False, "local") or live.model.device.type != "cpu":
+    if original is None or "call" not in here or live.remote not in (False, "local") or live.model.device.type != "cpu":
         return here["own"]
     args, kwargs = here["call"]
     with torch.no_grad():
@@ -71,10 +73,11 @@ def own_y(live: Live, here: dict[str, Any]) -> Tensor:
 def mixed(here: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """y by the mixing matrix, and the model's own."""
     x, M, own, D = here["operands"]["x"].float(), here["mixing"].float(), here["own"], here["D"]
-    if x.dim() == 3:  # S6: the first and the last channel were asked for
-        channels = [0, x.shape[2] - 1]
-        y = torch.einsum("bcts,bsc->btc", M, x[..., channels])
-        return y + (0 if D is None else D.float()[channels] * x[..., channels]), own[..., channels]
+    channels = here["channels"]
+    if channels is not None:  # S6: the first and the last channel were asked for
+        x, own = x.flatten(2)[..., channels], own.flatten(2)[..., channels]
+        y = torch.einsum("bcts,bsc->btc", M, x)
+        return y + (0 if D is None else D.float().flatten()[channels] * x), own
     y = torch.einsum("bhts,bshp->bthp", M, x)
     return y + (0 if D is None else (D[:, None] if D.dim() == 1 else D).float() * x), own
 
