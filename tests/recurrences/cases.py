@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -13,6 +14,12 @@ from circuitbench.recurrences import RECURRENCES
 
 NAMES = list(RECURRENCES)
 each_recurrence = pytest.mark.parametrize("name", NAMES)
+# y of RWKV-4 reads the state before its position's write, so an edit there cannot come before the read.
+MOMENTS = [(name, when) for name in NAMES for when in ("before_read", "after_read") if (name, when[0]) != ("wkv4", "b")]
+each_moment = pytest.mark.parametrize(("name", "when"), MOMENTS)
+BY_CHANNEL = {"s6", "rg_lru", "wkv4"}  # a mixing matrix for every channel, not for every head
+RATIOS = {"wkv4", "mlstm"}  # y is a ratio whose denominator comes out of the state, and the state has a scale
+FIXED = {"s6": {"A"}, "ssd": {"A"}, "wkv4": {"w", "u", "initial_scale"}, "mlstm": {"initial_scale", "eps"}}
 
 
 @dataclass
@@ -31,6 +38,21 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         operands = {key: value.to(dtype) for key, value in self.operands.items()}
         return Case(self.name, operands, self.D.to(dtype), self.initial_state.to(dtype))
+
+    def part(self, positions: slice) -> dict[str, Tensor]:
+        """The operands at some positions."""
+        fixed = FIXED.get(self.name, set())
+        return {key: value if key in fixed else value[:, positions] for key, value in self.operands.items()}
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """The initial state, for verbs that need it where y is a ratio and not where y is linear in the state."""
+        return {"initial_state": self.initial_state} if self.name in RATIOS else {}
+
+    def some_state(self) -> Tensor:
+        """Another state that may be: the denominator of RWKV-4 is a sum of weights."""
+        state = torch.randn_like(self.initial_state)
+        return torch.stack((state[..., 0], state[..., 1].abs() + 0.5), -1) if self.name == "wkv4" else state
 
 
 def s6_case(batch: int, length: int, channels: int = 5, n: int = 3, heads: int = 0) -> Case:
@@ -63,8 +85,43 @@ def kda_case(batch: int, length: int, heads: int = 3, dk: int = 4, dv: int = 5) 
     return Case("kda", layer.operands, layer.D, layer.initial_state)
 
 
+def rwkv7_case(batch: int, length: int, heads: int = 3, dk: int = 4, dv: int = 5) -> Case:
+    keys = (batch, length, heads, dk)
+    w, removed = -math.exp(-0.5) * torch.rand(keys), F.normalize(torch.randn(keys), dim=-1)
+    operands = {"x": torch.randn(batch, length, heads, dv), "r": torch.randn(keys), "w": w, "k": torch.randn(keys)}
+    operands |= {"a": -removed, "b": removed * torch.rand(keys)}
+    return Case("rwkv7", operands, torch.randn(heads), torch.randn(batch, heads, dk, dv))
+
+
+def rg_lru_case(batch: int, length: int, channels: int = 5) -> Case:
+    a = torch.sigmoid(torch.randn(batch, length, channels) + 2)
+    a[:, length // 2 : length // 2 + 1, 0] = 0.0  # a document begins
+    operands = {"x": torch.randn(batch, length, channels), "a": a}
+    return Case("rg_lru", operands, torch.randn(channels), torch.randn(batch, channels))
+
+
+def wkv4_case(batch: int, length: int, channels: int = 5) -> Case:
+    x, k = torch.randn(batch, length, channels), 2 * torch.randn(batch, length, channels)
+    w, u = -torch.linspace(-5, 1, channels).exp(), torch.randn(channels)
+    operands = {"x": x, "k": k, "w": w, "u": u, "initial_scale": torch.randn(batch, channels)}
+    state = torch.stack((torch.randn(batch, channels), 0.5 + torch.rand(batch, channels)), -1)
+    return Case("wkv4", operands, torch.randn(channels), state)
+
+
+def mlstm_case(batch: int, length: int, heads: int = 3, dk: int = 4, dv: int = 5) -> Case:
+    x, keys = torch.randn(batch, length, heads, dv), (batch, length, heads, dk)
+    gates = 2 * torch.randn(2, batch, length, heads)
+    operands = {"x": x, "B": torch.randn(keys), "C": torch.randn(keys) * dk**-0.5, "input_gate": gates[0]}
+    operands |= {"forget_gate": gates[1] + 2, "initial_scale": torch.randn(batch, heads), "eps": torch.tensor(1e-3)}
+    return Case("mlstm", operands, torch.randn(heads), torch.randn(batch, heads, dk, dv + 1))
+
+
+CASES = {"s6": s6_case, "ssd": ssd_case, "gated_delta": delta_case, "kda": kda_case, "rwkv7": rwkv7_case}
+CASES |= {"rg_lru": rg_lru_case, "wkv4": wkv4_case, "mlstm": mlstm_case}
+
+
 def case(name: str, batch: int = 2, length: int = 37, **sizes: int) -> Case:
-    return {"s6": s6_case, "ssd": ssd_case, "gated_delta": delta_case, "kda": kda_case}[name](batch, length, **sizes)
+    return CASES[name](batch, length, **sizes)
 
 
 SHAPES = [
@@ -86,6 +143,19 @@ SHAPES = [
     ("kda", {"batch": 1, "length": 1}),
     ("kda", {"batch": 2, "length": 96, "dk": 8, "dv": 2}),
     ("kda", {"batch": 1, "length": 75, "heads": 1, "dk": 1, "dv": 7}),
+    ("rwkv7", {"batch": 2, "length": 37}),
+    ("rwkv7", {"batch": 1, "length": 1}),
+    ("rwkv7", {"batch": 2, "length": 96, "dk": 8, "dv": 2}),
+    ("rwkv7", {"batch": 1, "length": 75, "heads": 1, "dk": 1, "dv": 7}),
+    ("rg_lru", {"batch": 2, "length": 37}),
+    ("rg_lru", {"batch": 1, "length": 1}),
+    ("wkv4", {"batch": 2, "length": 37}),
+    ("wkv4", {"batch": 1, "length": 1}),
+    ("wkv4", {"batch": 3, "length": 200, "channels": 2}),
+    ("mlstm", {"batch": 2, "length": 37}),
+    ("mlstm", {"batch": 1, "length": 1}),
+    ("mlstm", {"batch": 2, "length": 96, "dk": 8, "dv": 2}),  # whole chunks
+    ("mlstm", {"batch": 1, "length": 75, "heads": 1, "dk": 1, "dv": 7}),
 ]
 each_shape = pytest.mark.parametrize(("name", "sizes"), SHAPES, ids=lambda v: v if isinstance(v, str) else str(v))
 

@@ -10,7 +10,7 @@ import torch
 from nnsight.intervention.serialization import dumps
 
 from circuitbench.recurrences import RECURRENCES
-from tests.recurrences.cases import NAMES, case
+from tests.recurrences.cases import BY_CHANNEL, NAMES, case
 
 SERVER = """
 import sys
@@ -34,11 +34,13 @@ def test_every_verb_travels_by_source_and_gives_the_same_numbers(tmp_path) -> No
             y, final = module.forward(**layer, edits={3: torch.zeros_like})
             grads = torch.autograd.grad(y.sum() + final.sum(), list(layer.values()))
             results[name] = [y, final, *grads]
+            if "initial_scale" in layer:
+                results[name] += [module.scale_of(**layer)]
             results[name] += [part for _, part in module.iter_states(**layer, chunk=8)]
             results[name] += [module.states(**layer), module.decay_of(**layer), module.write_of(**layer)]
             results[name] += [module.adjoint(**layer, grad_y=y), *module.frozen(**layer)]
             results[name] += module.knockout(**layer, sources=mask, destinations=~mask)
-            results[name] += [module.mixing(**layer, **({"channels": [1]} if name == "s6" else {}))]
+            results[name] += [module.mixing(**layer, **({"channels": [1]} if name in BY_CHANNEL else {}))]
             results[name] = [value.detach() for value in results[name]]
         return results
 

@@ -14,11 +14,21 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRglru
+from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
+from transformers.models.xlstm.modeling_xlstm import mlstm_chunkwise_native_autograd, mlstm_recurrent_sequence_native
 
-from circuitbench.recurrences import gated_delta, kda, s6, ssd
+from circuitbench.recurrences import gated_delta, kda, mlstm, rg_lru, s6, ssd, wkv4
 from tests.recurrences import reference
-from tests.recurrences.cases import Case, case, close, each_recurrence, each_shape
+from tests.recurrences.cases import RATIOS, Case, case, close, each_recurrence, each_shape
 
+LOG_DECAY = {
+    "gated_delta": "g",
+    "kda": "g",
+    "rwkv7": "w",
+    "wkv4": "w",
+    "mlstm": "forget_gate",
+}  # the operand that holds it; elsewhere it is dt·A
 PRECISIONS = [(torch.float64, None, 1e-12), (torch.float32, None, 1e-5), (torch.float32, torch.float64, 2e-7)]
 
 
@@ -40,9 +50,9 @@ def test_forward_and_states_are_the_recurrence(name, sizes, dtype, accumulate, t
 def test_a_run_in_two_parts_is_the_whole_run(name) -> None:
     layer = case(name)
     y, final = layer.module.forward(**layer.operands, initial_state=layer.initial_state)
-    halves = [
-        {k: v if k == "A" else v[:, part] for k, v in layer.operands.items()} for part in (slice(20), slice(20, 37))
-    ]
+    halves = [layer.part(slice(20)), layer.part(slice(20, 37))]
+    if "initial_scale" in layer.operands:  # the state is in its units, and says nothing without them
+        halves[1]["initial_scale"] = layer.module.scale_of(**halves[0])[:, -1]
     first, state = layer.module.forward(**halves[0], initial_state=layer.initial_state)
     second, last = layer.module.forward(**halves[1], initial_state=state)
     close(torch.cat((first, second), 1), y, 1e-5)
@@ -110,8 +120,11 @@ def test_bfloat16_stays_within_three_percent(name) -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-6, 30.0, 1e5])
 def test_extreme_decays_stay_finite_and_right(name, scale) -> None:
     layer = case(name, length=150)
-    log_decay = "g" if name in ("gated_delta", "kda") else "A"
-    layer.operands[log_decay] = layer.operands[log_decay] * scale
+    if name == "rg_lru":  # given as the decay itself
+        layer.operands["a"] = layer.operands["a"] ** scale
+    else:
+        log_decay = LOG_DECAY.get(name, "A")
+        layer.operands[log_decay] = layer.operands[log_decay] * scale
     check(layer)
 
 
@@ -119,9 +132,14 @@ def test_extreme_decays_stay_finite_and_right(name, scale) -> None:
 def test_one_vanishing_decay_costs_the_later_ones_no_digits(name) -> None:
     # A difference of running sums would: after a step of -1e6 the sum has no digits left for steps of -0.01.
     layer = case(name, length=100)
-    if name in ("gated_delta", "kda"):
-        layer.operands["g"][:] = -0.01
-        layer.operands["g"][:, 40] = -1e6
+    if name == "wkv4":  # its decay is the same at every position
+        return
+    if name == "rg_lru":
+        layer.operands["a"][:] = 0.99
+        layer.operands["a"][:, 40] = 0.0
+    elif name in LOG_DECAY:
+        layer.operands[LOG_DECAY[name]][:] = -0.01
+        layer.operands[LOG_DECAY[name]][:, 40] = -1e6
     else:
         layer.operands["A"][:] = -1.0
         layer.operands["dt"][:] = 0.01
@@ -139,11 +157,13 @@ def check(layer: Case) -> None:
     close(final, states[:, -1], 1e-5)
     inputs = [*layer.operands.values(), layer.initial_state]
     weights = torch.randn_like(ours)
-    for grad, expected in zip(
-        torch.autograd.grad(ours, inputs, weights), torch.autograd.grad(y, inputs, weights.double()), strict=True
-    ):
+    exact = torch.autograd.grad(y, inputs, weights.double())
+    largest = max(grad.abs().max().item() for grad in exact)
+    for grad, expected in zip(torch.autograd.grad(ours, inputs, weights), exact, strict=True):
         assert torch.isfinite(grad).all()
-        close(grad, expected, 1e-5)
+        # The units of a state cancel out of y, and leave the rounding of what cancels.
+        scale = largest if layer.name in RATIOS else expected.abs().max().item()
+        assert (grad.double() - expected).abs().max().item() <= 1e-5 * max(scale, 1e-12)
 
 
 def test_s6_is_hugging_faces_scan() -> None:
@@ -189,3 +209,56 @@ def test_kda_is_hugging_faces_attention(function) -> None:
     ours, state = kda.forward(x, k, q * q.shape[-1] ** -0.5, g, beta, initial_state=layer.initial_state)
     close(ours, y, 1e-5)
     close(state, final, 1e-5)
+
+
+def test_rg_lru_is_hugging_faces_scan() -> None:
+    layer = case("rg_lru")
+    x, a = layer.operands.values()
+    reset = a == 0
+    y, final = RecurrentGemmaRglru._rnn_scan(None, x, a, reset, layer.initial_state)
+    ours, state = rg_lru.forward(x, a, initial_state=layer.initial_state)
+    close(ours, y, 1e-6)
+    close(state, final, 1e-6)
+
+
+def test_wkv4_is_hugging_faces_operator_and_its_state_is_the_cache() -> None:
+    layer = case("wkv4")
+    x, k, w, u, scale = layer.operands.values()
+    cached = [*layer.initial_state.unbind(-1), scale]
+    y, final = rwkv_linear_attention_cpu((-w).log(), u, k, x, state=cached, return_state=True)
+    ours, state = wkv4.forward(**layer.operands, initial_state=layer.initial_state)
+    close(ours, y, 1e-6)
+    close(state, torch.stack(final[:2], -1), 1e-6)
+    close(wkv4.scale_of(**layer.operands)[:, -1], final[2], 1e-6)
+    from_nothing, _ = rwkv_linear_attention_cpu((-w).log(), u, k, x)
+    close(wkv4.forward(x, k, w, u)[0], from_nothing, 1e-6)
+
+
+def test_the_weights_of_rwkv4_sum_to_one() -> None:
+    layer = case("wkv4")
+    weights = wkv4.mixing(**layer.operands, channels=[0, 4])
+    close(weights.sum(-1), torch.ones(2, 2, 37), 1e-6)
+    assert (weights >= 0).all()
+    with_state = wkv4.mixing(**layer.operands, channels=[0, 4], initial_state=layer.initial_state)
+    assert (with_state.sum(-1)[..., 0] < 1).all()
+
+
+def test_the_state_of_rwkv4_needs_its_units(as_users_have_it) -> None:
+    layer = case("wkv4")
+    del layer.operands["initial_scale"]
+    with pytest.raises(ValueError, match=r"in units of exp\(initial_scale\); give initial_scale"):
+        wkv4.forward(**layer.operands, initial_state=layer.initial_state)
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_mlstm_is_hugging_faces_sequence_and_chunkwise_code(chunk) -> None:
+    layer = case("mlstm", length=40)
+    x, k, q, i, f, scale, eps = layer.operands.values()
+    given = [v.transpose(1, 2) for v in (q * q.shape[-1] ** 0.5, k, x, i, f)]
+    start = (layer.initial_state[..., :-1], layer.initial_state[..., -1], scale[..., None])
+    theirs = mlstm_recurrent_sequence_native if chunk is None else mlstm_chunkwise_native_autograd
+    y, final = theirs(*given, *start, return_last_states=True, eps=eps.item(), chunk_size=chunk)
+    ours, state = mlstm.forward(**layer.operands, initial_state=layer.initial_state)
+    close(ours, y.transpose(1, 2), 1e-5)
+    close(state, torch.cat((final[0], final[1][..., None]), -1), 1e-5)
+    close(mlstm.scale_of(**layer.operands)[:, -1], final[2][..., 0], 1e-6)
