@@ -61,7 +61,7 @@ def branches(live: Live, layer: LayerView) -> tuple[list[str], str]:
     if "resid_pre" not in checked or "resid_post" not in checked:
         return [], ""
     if architecture.post_norm:
-        return names, "norms stand in the residual stream itself, so it is no sum"
+        return [], ""  # norms stand in the stream itself: it is no sum
     if checked != names:
         return names, "one of the sites it needs is not checked"
     other = uncovered(layer.envoy._module, found)
