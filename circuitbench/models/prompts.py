@@ -78,20 +78,32 @@ class Batch:
         return out
 
 
+# Their forward ignores the mask, in what is recurrent at least.
+UNMASKED = ("rwkv", "xlstm", "recurrent_gemma")
+
+
 def check_padding(model: Model, batch: Batch) -> None:
     """Refuse to pad where padding is not inert.
-
-    transformers masks what enters the mixer, so that a bias of its input projection still leaks from padded columns
-    into the short convolution of a prompt's first tokens. (No published checkpoint has such a bias.)
 
     Raises:
         BadInput: For a padded batch on such a model.
     """
-    if batch.padded and any(name.endswith("in_proj.bias") for name, _ in model.hf.named_parameters()):
-        raise BadInput(
-            "This model's mixers have an in_proj with a bias, which leaks from padding into a prompt's first tokens; "
-            "give it prompts of one length at a time (for capture: batch_size=1)."
-        )
+    leak = padding_leak(model) if batch.padded else ""
+    if leak:
+        raise BadInput(f"{leak}; give it prompts of one length at a time (for capture: batch_size=1).")
+
+
+def padding_leak(model: Model) -> str:
+    """How padding reaches a prompt's own tokens, where it does; else empty.
+
+    transformers masks what enters a mixer, so that a bias of its input projection still leaks from padded columns into
+    the short convolution of a prompt's first tokens. (No published checkpoint has such a bias.)
+    """
+    if any(name.endswith("in_proj.bias") for name, _ in model.hf.named_parameters()):
+        return "This model's mixers have an in_proj with a bias, which leaks from padding into a prompt's first tokens"
+    if model.hf.config.model_type in UNMASKED:
+        return f"{type(model.hf).__name__} runs its recurrence through padding, whatever the attention_mask says"
+    return ""
 
 
 def token_index(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
@@ -104,18 +116,19 @@ def takes_position_ids(model: Model) -> bool:
     return "position_ids" in inspect.signature(type(model.hf).forward).parameters
 
 
-def encode(model: Model, prompts: Prompts) -> Batch:
+def encode(model: Model, prompts: Prompts, special_tokens: bool = True) -> Batch:
     """Prompts of any accepted form as a left-padded batch.
 
     Args:
         model: The model, for its tokenizer and its limits.
         prompts: A string, a list of strings, token ids (one list, a list of lists, a tensor `(b, t)` or `(t,)`), or a
             mapping with `input_ids` and `attention_mask`, padded on either side.
+        special_tokens: Whether text gets the special tokens that the tokenizer adds (to the beginning, mostly).
 
     Raises:
         BadInput: For an empty prompt, one longer than the model takes, ids outside the vocabulary, or another type.
     """
-    rows = as_rows(model, prompts)
+    rows = as_rows(model, prompts, special_tokens)
     if not rows:
         raise BadInput("There are no prompts; give a string, a list of strings, or token ids of shape (b, t).")
     vocabulary = model.hf.config.get_text_config().vocab_size
@@ -151,7 +164,7 @@ def pad_id(model: Model) -> int:
     return 0
 
 
-def as_rows(model: Model, prompts: Prompts) -> list[list[int]]:
+def as_rows(model: Model, prompts: Prompts, special_tokens: bool) -> list[list[int]]:
     """Prompts as lists of token ids."""
     if isinstance(prompts, Mapping):
         return masked_rows(prompts)
@@ -162,11 +175,11 @@ def as_rows(model: Model, prompts: Prompts) -> list[list[int]]:
             )
         return (prompts if prompts.dim() == 2 else prompts[None]).tolist()
     if isinstance(prompts, str):
-        return [tokenize(model, prompts)]
+        return [tokenize(model, prompts, special_tokens)]
     if isinstance(prompts, Sequence):
         items: Sequence[Any] = prompts
         if all(isinstance(prompt, str) for prompt in items):
-            return [tokenize(model, prompt) for prompt in items]
+            return [tokenize(model, prompt, special_tokens) for prompt in items]
         if all(isinstance(token, int) for token in items):
             return [list(items)]
         if all(isinstance(row, Sequence) and all(isinstance(token, int) for token in row) for row in items):
@@ -193,8 +206,8 @@ def masked_rows(prompts: Mapping[str, Any]) -> list[list[int]]:
     return rows
 
 
-def tokenize(model: Model, prompt: str) -> list[int]:
-    """One prompt's token ids, with the special tokens that the tokenizer adds."""
+def tokenize(model: Model, prompt: str, special_tokens: bool = True) -> list[int]:
+    """One prompt's token ids, with the special tokens that the tokenizer adds, if they are wanted."""
     if model.tokenizer is None or model.tokenizer.name_or_path == IDS_ONLY:
         if not prompt.strip() or prompt.replace(" ", "").isdigit():
             return [int(word) for word in prompt.split()]
@@ -202,4 +215,4 @@ def tokenize(model: Model, prompt: str) -> list[int]:
             "This model has no tokenizer, so prompts are token ids: a tensor (b, t), a list, a string like '5 17 3'. "
             "Give it one with load_model(..., tokenizer=...)."
         )
-    return list(model.tokenizer(prompt)["input_ids"])
+    return list(model.tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
