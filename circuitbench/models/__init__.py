@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .load import load_model
 from .model import Model
+from .state import State, load_state, run_prefix
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "State", "load_model", "load_state", "run_prefix"]

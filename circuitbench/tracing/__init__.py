@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..models.jobs import Pending
 from .addresses import resolve
 from .check import check
+from .continued import Continued, continue_from
 from .generation import generate_text
 from .hold import ablate, hold, steer
 from .interventions import Ablate, Add, Intervention, Knockout, Scale, Set
@@ -14,6 +15,7 @@ __all__ = [
     "Ablate",
     "Activations",
     "Add",
+    "Continued",
     "Intervention",
     "Knockout",
     "Pending",
@@ -23,6 +25,7 @@ __all__ = [
     "ablate",
     "capture",
     "check",
+    "continue_from",
     "generate_text",
     "hold",
     "intervene",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BadInput
+from ..models.starting import shared
 from .addresses import axes_by_address, read_site, write_site
 from .interventions import Ablate, Knockout
 from .selection import Columns
@@ -149,8 +150,11 @@ def columns_of(model: Model, before: Columns | None, so_far: int, counted: bool)
     rows, length = ids.shape[:2]
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values", kwargs.get("cache_params"))
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+    told = shared(model).get("before") if before is None else None  # the run starts from a state of ours
     if mask is not None and mask.shape[1] > length:
         start = mask.shape[1] - length
+    elif told is not None:
+        start = told.shape[1]
     elif cache is None:
         start = 0  # every forward runs the whole sequence again
     else:
@@ -159,6 +163,8 @@ def columns_of(model: Model, before: Columns | None, so_far: int, counted: bool)
         known = ids.new_empty(rows, 0)
         if before is not None:
             known = (before.keys[:, model.meta_tokens :] >= 0)[:, : start + length]
+        if told is not None:
+            known = told
         known = known.to(ids.device, torch.long)
         if mask is not None:
             known = known[:, :start]

@@ -26,6 +26,7 @@ class Columns:
         lengths: Tokens of each prompt.
         growing: Whether tokens may be generated after the prompt, so that an index past its end may still come.
         keys: Token index of everything that can be attended to, cached columns included.
+        key_lengths: Tokens of each prompt that `keys` counts: more than `lengths` where a run goes on from a state.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class Columns:
         lengths: Int[Tensor, " b"],
         growing: bool = False,
         keys: Int[Tensor, "b keys"] | None = None,
+        key_lengths: Int[Tensor, " b"] | None = None,
     ) -> None:
         self.index = index
         self.lengths = lengths
         self.growing = growing
         self.keys = index if keys is None else keys
+        self.key_lengths = lengths if key_lengths is None else key_lengths
 
     @property
     def real(self) -> Bool[Tensor, "b t"]:
@@ -47,11 +50,19 @@ class Columns:
 
     def last(self, count: int) -> Columns:
         """The last columns alone (``generate`` asks for no logits but those)."""
-        return Columns(self.index[:, self.index.shape[1] - count :], self.lengths, self.growing, self.keys)
+        return self.among(slice(self.index.shape[1] - count, None))
 
     def only(self, column: int) -> Columns:
         """One column alone."""
-        return Columns(self.index[:, column : column + 1], self.lengths, self.growing, self.keys)
+        return self.among(slice(column, column + 1))
+
+    def among(self, columns: slice) -> Columns:
+        """Some of the columns."""
+        return Columns(self.index[:, columns], self.lengths, self.growing, self.keys, self.key_lengths)
+
+    def kept(self, count: int) -> Int[Tensor, "b keys"]:
+        """`keys`, of the last `count` columns: a sliding window has forgotten those before."""
+        return self.keys[:, self.keys.shape[1] - count :]
 
     def chosen(self, positions: Positions) -> Bool[Tensor, "b t"]:
         """Which columns `positions` means (see `select`)."""
@@ -183,7 +194,8 @@ def restrict(
             )
         mask = mask & along(heads, value, counted[0], "heads", address)
     if axes.count("t") == 2:
-        mask = mask & spread(select(channels, columns.keys, columns.lengths, columns.growing), value, len(axes) - 1)
+        keys = select(channels, columns.kept(value.shape[-1]), columns.key_lengths, columns.growing)
+        mask = mask & spread(keys, value, len(axes) - 1)
     elif channels is not None:
         mask = mask & along(channels, value, value.dim() - 1, "channels", address)
     return mask.expand(value.shape)
@@ -234,11 +246,13 @@ def aligned(
     for axis, name in enumerate(axes):
         if name != "t" or whole.dim() != value.dim() or whole.shape[axis] == 1:
             continue
-        places = columns.index if axis == axes.index("t") else columns.keys
+        queries = axis == axes.index("t")
+        longest = int((columns.lengths if queries else columns.key_lengths).max())
+        places = columns.index if queries else columns.kept(value.shape[axis])
         size = whole.shape[axis]
         if (size < longest if columns.growing else size != longest) or whole.shape[0] not in (1, len(places)):
             raise unfit(given, value, address, what, longest)
-        if axis == axes.index("t") and (chosen & (places >= size)).any():
+        if queries and (chosen & (places >= size)).any():
             raise BadInput(
                 f"{address}: the {what} given has {size} positions, and the tokens generated after them are asked for "
                 f"too; give positions=slice(0, {size}), or a {what} without an axis of positions."
