@@ -134,7 +134,7 @@ class HymbaBlock(nn.Module):
         hidden_states: Float[Tensor, "b t d"],
         past_key_values: Cache | None,
         padding: Float[Tensor, "b t"] | None,
-        attention_mask: Float[Tensor, "b 1 t keys"],
+        attention_mask: Float[Tensor, "#b 1 t keys"],
         rotation: tuple[Tensor, Tensor] | None,
         shared: dict[int, Any],
     ) -> Float[Tensor, "b t d"]:
@@ -276,7 +276,7 @@ class HymbaModel(HymbaPreTrainedModel):
         self,
         input_ids: Int[Tensor, "b t"] | None = None,
         attention_mask: Int[Tensor, "b keys"] | None = None,
-        position_ids: Int[Tensor, "b t"] | None = None,
+        position_ids: Int[Tensor, "#b t"] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "b t d"] | None = None,
         use_cache: bool | None = None,
@@ -297,6 +297,8 @@ class HymbaModel(HymbaPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         tokens, meta = hidden.shape[1], self.config.num_memory_tokens
         columns = Columns(meta, held(past_key_values, meta), tokens, attention_mask)
+        if past_key_values is not None:
+            columns.check_begun()
         if meta and not columns.before:
             hidden = columns.inserted(hidden, self.memory_tokens.to(hidden.dtype))
         positions = columns.positions(hidden.device, position_ids)
@@ -335,7 +337,7 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "b t"] | None = None,
         attention_mask: Int[Tensor, "b keys"] | None = None,
-        position_ids: Int[Tensor, "b t"] | None = None,
+        position_ids: Int[Tensor, "#b t"] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "b t d"] | None = None,
         labels: Int[Tensor, "b t"] | None = None,
@@ -385,6 +387,6 @@ def held(cache: Cache | None, meta: int) -> int:
     return layers[0].columns
 
 
-def added(visible: Bool[Tensor, "b 1 t keys"], dtype: torch.dtype) -> Float[Tensor, "b 1 t keys"]:
+def added(visible: Bool[Tensor, "#b 1 t keys"], dtype: torch.dtype) -> Float[Tensor, "b 1 t keys"]:
     """What is added to scores: 0 where a key is visible; elsewhere so little that its weight is 0."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

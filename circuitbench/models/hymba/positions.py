@@ -29,7 +29,7 @@ class Columns:
         real: Columns held and new that are no padding, `(b, before + length)`, or ``None`` if all are.
     """
 
-    def __init__(self, meta: int, before: int, tokens: int, attention_mask: Int[Tensor, "b t"] | None) -> None:
+    def __init__(self, meta: int, before: int, tokens: int, attention_mask: Int[Tensor, "b keys"] | None) -> None:
         """
         Args:
             meta: Number of meta tokens.
@@ -65,6 +65,18 @@ class Columns:
         self.starts = (mask.cumsum(1) == 0).sum(1)
         self.real = self.inserted(mask, torch.ones(meta, dtype=torch.bool, device=mask.device))
 
+    def check_begun(self) -> None:
+        """Refuse to leave meta tokens in a cache before more padding: a recurrent state would go through it.
+
+        Raises:
+            BadInput: If the forward begins a prompt without any of its tokens.
+        """
+        if self.meta and not self.before and self.starts is not None and (self.starts + self.meta == self.length).any():
+            raise BadInput(
+                f"A prompt is padding alone in the first {self.length - self.meta} columns, and a cache is to go on from "
+                "there; begin with so many that each prompt has a token."
+            )
+
     def inserted(self, values: Tensor, meta: Tensor) -> Tensor:
         """The prompts' `values` `(b, t, ...)` with `meta` `(m, ...)` put before each prompt's first token."""
         rows = meta.expand(len(values), *meta.shape)
@@ -77,7 +89,7 @@ class Columns:
         source = torch.where((column >= starts) & (column < starts + self.meta), column - starts, source)
         return both[torch.arange(len(both), device=both.device)[:, None], source]
 
-    def positions(self, device: torch.device, position_ids: Int[Tensor, "b t"] | None) -> Int[Tensor, "b t"]:
+    def positions(self, device: torch.device, position_ids: Int[Tensor, "#b t"] | None) -> Int[Tensor, "#b columns"]:
         """The position of every column of this forward: the meta tokens' from 0, then the tokens'.
 
         Args:
@@ -94,7 +106,7 @@ class Columns:
             position_ids = position_ids.expand(len(self.starts), -1)
         return self.inserted(position_ids + self.meta, torch.arange(self.meta, device=position_ids.device))
 
-    def visible(self, device: torch.device, window: int | None) -> Bool[Tensor, "b 1 t keys"]:
+    def visible(self, device: torch.device, window: int | None) -> Bool[Tensor, "#b 1 t keys"]:
         """Which keys, held or new, every column of this forward attends to.
 
         Those up to itself; with a window, of those the last `window` before it, itself, and the meta tokens.
@@ -118,8 +130,8 @@ class Columns:
 
 
 def rotations(
-    config: HymbaConfig, positions: Int[Tensor, "b t"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "b 1 t p"], Float[Tensor, "b 1 t p"]]:
+    config: HymbaConfig, positions: Int[Tensor, "#b t"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "#b 1 t p"], Float[Tensor, "#b 1 t p"]]:
     """Cosine and sine of the rotary embedding (Su et al. 2021, arXiv:2104.09864), in float32 and then cast."""
     width, base = config.head_dim, config.rope_theta
     if config.rope_type == "ntk":
