@@ -73,8 +73,8 @@ class Columns:
         """
         if self.meta and not self.before and self.starts is not None and (self.starts + self.meta == self.length).any():
             raise BadInput(
-                f"A prompt is padding alone in the first {self.length - self.meta} columns, and a cache is to go on from "
-                "there; begin with so many that each prompt has a token."
+                f"A prompt is padding alone in the first {self.length - self.meta} columns, and a cache is to go on "
+                "from there; begin with so many that each prompt has a token."
             )
 
     def inserted(self, values: Tensor, meta: Tensor) -> Tensor:
