@@ -9,6 +9,7 @@ import torch
 from ...architectures import ARCHITECTURES
 from ...models import kernels
 from ...models.prompts import takes_position_ids
+from ...models.state import kind_of
 from ...recurrences import RECURRENCES
 from .blocks import disturbed, same_states, scans, state_edit
 from .live import Failure, guarded, relative
@@ -144,23 +145,23 @@ def check_cache(live: Live, layer: int, part: str) -> None:
 
 
 def continued(live: Live, ids: Tensor, layer: int, part: str, edit: bool) -> tuple[Tensor, Tensor]:
-    """Logits after a prefix whose cached state may be edited, and that state as it was."""
-    hf, envoy = live.model.hf, getattr(live.model.layers[layer], part)._envoy
-    size = (
-        1 if scan_of(live, part).recurrence == "s6" else ids.shape[1] - PREFIX
-    )  # S6 starts a run of several tokens from an empty state; SSD's clamps
+    """Logits after a prefix whose cached state may be edited, and that state as it was; without any trace."""
+    model, hf, site = live.model, live.model.hf, f"layers.{layer}.{part}.state"
+    kind = kind_of(model)
+    # At once where transformers goes on so: there, steps may lack the limits of dt.
+    at_once = scan_of(live, part).continues and kind.together and not kind.mapped
+    size = ids.shape[1] - PREFIX if at_once else 1
     logits = []
     with torch.no_grad():
-        out = hf(ids[:, :PREFIX], use_cache=True)
-        key = "cache_params" if hasattr(out, "cache_params") else "past_key_values"
-        cache = getattr(out, key)
-        now = cache.get_recurrent_state(envoy._module.layer_idx)
-        state = now.clone()
+        cache = kind.prepared(hf, ids)
+        out = hf(ids[:, :PREFIX], use_cache=True, **({} if cache is None else {kind.argument: cache}))
+        cache = kind.of(out) if cache is None else cache
+        state = kind.read(hf, cache)[site]
         if edit:
-            now.copy_(disturbed(now))
+            kind.write(hf, cache, {site: disturbed(state)}, PREFIX + model.meta_tokens)
         for start in range(PREFIX, ids.shape[1], size):
-            given = {key: cache, "use_cache": True}
-            if takes_position_ids(live.model):  # Bamba counts from 0 again without them
+            given = {kind.argument: cache, "use_cache": True}
+            if takes_position_ids(model):  # Bamba and MiniMax count from 0 again without them
                 given["position_ids"] = torch.arange(start, start + size, device=ids.device)[None]
             out = hf(ids[:, start : start + size], **given)
             logits.append(out.logits)
