@@ -28,19 +28,20 @@ def match_shapes(**operands: tuple[Tensor | None, str]) -> dict[str, int]:
     """Binds every axis name to a size, or says in one sentence which operand does not fit.
 
     Args:
-        operands: name -> (tensor or None, its axes as one word each, such as `"b t d"`).
+        operands: name -> (tensor or None, its axes as one word each, such as `"b t d"`; a number is its own size).
 
     Returns:
         axis name -> size.
     """
     sizes: dict[str, int] = {}
     for name, (tensor, axes) in operands.items():
+        words = axes.split()
+        sizes.update({word: int(word) for word in words if word.isdigit()})
         if tensor is None:
             continue
-        words = axes.split()
         found = dict(zip(words, tensor.shape, strict=False))
         if tensor.ndim != len(words) or any(sizes.get(word, size) != size for word, size in found.items()):
-            known = ", ".join(f"{word}={sizes[word]}" if word in sizes else word for word in words)
+            known = ", ".join(f"{w}={sizes[w]}" if w in sizes and not w.isdigit() else w for w in words)
             raise BadInput(f"{name} has shape {tuple(tensor.shape)}; it must be ({known}).")
         sizes.update(found)
     if sizes["t"] == 0:
