@@ -10,7 +10,9 @@ from torch import Tensor
 
 import circuitbench as cb
 from circuitbench.models import Model
+from circuitbench.models.prompts import encode
 from circuitbench.tracing.addresses import axes_by_address
+from circuitbench.tracing.forward import forward
 from tests.architectures.cases import prompts, relative
 
 PROMPTS = prompts(9, 6)  # the second is padded: three columns, then the meta tokens, then its own
@@ -73,6 +75,15 @@ def test_kept_positions_are_each_prompts_own(model: Model) -> None:
                     value[address][row].select(axis, p) for value, p in ((kept, place), (whole, position))
                 )
                 torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=1e-6)
+
+
+def test_a_forward_returns_the_columns_of_its_batch(model: Model) -> None:
+    batch = encode(model, PROMPTS)
+    found = forward(model, batch, sites=["embed", "layers.1.attn.pattern", "layers.1.ssm.state"])
+    assert found["embed"].shape == (2, 9, 32)
+    assert torch.equal(found["embed"][1, 3:], model.hf.model.embed_tokens(batch.input_ids[1, 3:]))
+    assert found["layers.1.attn.pattern"].shape == (2, 4, 9, 9)
+    assert found["layers.1.ssm.state"].shape == (2, 9, 64, 8)
 
 
 @pytest.mark.parametrize(
