@@ -298,3 +298,29 @@ class KDAScan(GatedDeltaScan):
     recurrence = "kda"
     sequence = "/chunk_kimi_delta_attention_0"
     step = "/recurrent_kimi_delta_attention_0"
+
+
+class RWKV7Scan(Scan):
+    """``rwkv7_scan`` of our RWKV-7, for a sequence and for one token; the recurrence calls its v x."""
+
+    recurrence = "rwkv7"
+    sequence = "/rwkv7_scan_0"
+    step = "/rwkv7_scan_0"
+    write_follows_state = True
+    operand_names = ("x", "r", "w", "k", "a", "b")
+
+    def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:
+        given = bind(("r", "w", "k", "v", "a", "b", "initial_state", "output_final_state"), args, kwargs)
+        return Call(
+            operands={"x": given["v"], **{name: given[name] for name in ("r", "w", "k", "a", "b")}},
+            D=None,
+            dtype=given["v"].dtype,
+            initial_state=cloned(given.get("initial_state")),
+            returns_state=bool(given.get("output_final_state", False)),
+        )
+
+    def pack(self, call: Call, y: Tensor, state: Tensor | None, decoding: bool) -> Any:
+        return y, state if call.returns_state else None
+
+    def output_y(self, output: Any, decoding: bool) -> Tensor:
+        return output[0]

@@ -25,10 +25,12 @@ from ..architectures.base import find_module
 from ..errors import BadInput, UnsupportedModel, VersionMismatch
 from . import hymba as _hymba  # noqa: F401 (makes itself known to transformers' Auto classes)
 from . import kernels, raw_checkpoints, remote, zoo
+from . import rwkv7 as _rwkv7  # noqa: F401 (as above)
 from .binding import Binder
 from .id_tokenizer import id_tokenizer
 from .model import Model
 from .random import random_model
+from .rwkv7 import pth
 
 # The maps name operations inside transformers' code; these are the versions they were checked on.
 TRANSFORMERS = ((5, 22), (5, 24))
@@ -215,6 +217,8 @@ def from_name(
         return random_model(ARCHITECTURES[family], dtype=dtype or torch.float32), tokenizer
     if scheme == "zoo":
         return zoo_model(rest, tokenizer, dtype)
+    if name.endswith(".pth"):
+        return pth.load(name, dtype or torch.float32, remote), tokenizer
     try:
         if raw_checkpoints.is_raw(name, revision):
             return raw_checkpoints.load(name, revision, dtype or torch.float32, remote), tokenizer or own_tokenizer(

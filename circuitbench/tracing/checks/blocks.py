@@ -178,15 +178,18 @@ def heads(model: Model, layer: int, name: str, head: int, row: int, column: int)
     return {"pattern": pattern, "z": view.z[row].transpose(0, 1)}
 
 
-def gated(model: Model, layer: int, part: str, head: int, channels: tuple[int, int], gate: bool) -> dict[str, Any]:
-    """The gated output of a scan that writes in one head alone, with the gate changed everywhere else or not."""
+def gated(
+    model: Model, layer: int, part: str, head: int | None, channels: tuple[int, int], gate: bool
+) -> dict[str, Any]:
+    """The gated output of a scan that writes in one head alone or in none, the gate changed everywhere else or not."""
     view = getattr(model.layers[layer], part)
     for name in (name for name in view.sites if name in ("gate", "y")):  # in the order the model reaches them
         if name == "y":
             y = view.y
-            kept = y[:, :, head].clone()
+            kept = None if head is None else y[:, :, head].clone()
             y[:] = 0
-            y[:, :, head] = kept
+            if kept is not None:
+                y[:, :, head] = kept
         elif gate:
             value = view.gate
             new = disturbed(value)

@@ -127,16 +127,20 @@ def check_gates(live: Live) -> None:
         head = min(1, count - 1)
         own = (head * size, (head + 1) * size)
         found = [live.attempt(gated, layer, part, head, own, name == "gate") for name in names]
+        silent = live.attempt(gated, layer, part, None, own, False)  # not zero where the norm that follows has a bias
         for name, one in zip(names, found, strict=True):
             advice = f"The channels of {name} are in another order than the heads of y: correct its layout."
             if isinstance(one, Failure):
                 live.note(f"{prefix}.{name}", CHANNELS, one, None, advice)
             elif isinstance(found[0], Failure):
                 live.note(f"{prefix}.{name}", CHANNELS, found[0], None, advice)
-            elif name == "gate":  # where y is zero, the gate does not matter
-                live.note(f"{prefix}.gate", CHANNELS, relative(one["gated"], found[0]["gated"]), live.tolerance, advice)
+            elif isinstance(silent, Failure):
+                live.note(f"{prefix}.{name}", CHANNELS, silent, None, advice)
+            elif name == "gate":  # the gate of other channels does not matter to these
+                now, before = (one["gated"][..., slice(*own)] for one in (one, found[0]))
+                live.note(f"{prefix}.gate", CHANNELS, relative(now, before), live.tolerance, advice)
             else:
-                value = one["gated"].double().abs()
+                value = (one["gated"].double() - silent["gated"].double()).abs()
                 others = torch.cat([value[..., : own[0]], value[..., own[1] :]], -1).max().item()
                 within = value[..., own[0] : own[1]].max().item()
                 strayed = others / within if within else Failure("None of it is there")
