@@ -241,7 +241,8 @@ def test_generation_is_the_same_with_and_without_a_cache_and_from_one() -> None:
 
 def test_a_cache_of_another_kind_is_refused() -> None:
     hf, ids = tiny(), torch.tensor(prompts(5))
-    for cache in (DynamicCache(), StaticCache(config=tiny_llama(), max_cache_len=8)):
+    other = DynamicCache(config=tiny(num_memory_tokens=2).config)
+    for cache in (DynamicCache(), StaticCache(config=tiny_llama(), max_cache_len=8), other):
         with pytest.raises(BadInput, match=r"DynamicCache\(config=model.config\)"):
             hf(ids, past_key_values=cache)
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+from functools import partial
+from typing import Any
+
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 
 class HymbaCacheLayer(LinearAttentionAndFullAttentionLayer):
@@ -16,8 +23,9 @@ class HymbaCacheLayer(LinearAttentionAndFullAttentionLayer):
         meta_tokens: How many of the columns held are meta tokens.
     """
 
-    _layer_type = "hymba"  # transformers then makes it for `HymbaConfig.layer_types`
-    meta_tokens = 0
+    def __init__(self, meta_tokens: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.meta_tokens = meta_tokens
 
     @property
     def columns(self) -> int:
@@ -27,3 +35,10 @@ class HymbaCacheLayer(LinearAttentionAndFullAttentionLayer):
     def get_seq_length(self) -> int:
         """Tokens held."""
         return max(0, self.columns - self.meta_tokens)
+
+
+def layer_type(meta_tokens: int) -> str:
+    """The name by which transformers makes such layers, for a model with so many meta tokens."""
+    name = f"hymba with {meta_tokens} meta tokens"
+    DYNAMIC_LAYER_TYPE_MAPPING.setdefault(name, partial(HymbaCacheLayer, meta_tokens=meta_tokens))
+    return name

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 from ...errors import UnsupportedModel
+from .cache import layer_type
 
 
 @no_type_check  # a check of the constructor knows the fields alone, and a config.json has more
@@ -93,7 +94,7 @@ class HymbaConfig(PretrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """What transformers makes a cache's layers by: ours, from `cache`."""
-        return [self.model_type] * self.num_hidden_layers
+        return [layer_type(self.num_memory_tokens)] * self.num_hidden_layers
 
     def validate_layer_type(self) -> None:
         """transformers' own check knows no layer types but its own."""

@@ -369,21 +369,19 @@ class HymbaForCausalLM(HymbaPreTrainedModel, GenerationMixin):
 
 
 def held(cache: Cache | None, meta: int) -> int:
-    """Columns that a cache holds, meta tokens included; from now on it knows how many of those are meta tokens.
+    """Columns that a cache holds, meta tokens included.
 
     Raises:
-        BadInput: For a cache of other layers than ours.
+        BadInput: For a cache that was not made for this configuration.
     """
     if cache is None:
         return 0
-    layers = [layer for layer in cache.layers if isinstance(layer, HymbaCacheLayer)]
+    layers = [layer for layer in cache.layers if isinstance(layer, HymbaCacheLayer) and layer.meta_tokens == meta]
     if not layers or len(layers) < len(cache.layers):
         raise BadInput(
             "A Hymba's cache holds recurrent states, keys and values: transformers.DynamicCache(config=model.config), "
             f"not this {type(cache).__name__}."
         )
-    for layer in layers:
-        layer.meta_tokens = meta
     return layers[0].columns
 
 
