@@ -46,6 +46,8 @@ class Site:
             (a residual stream that is read by a norm and added later).
         copied: What is read is a copy, because the model goes on with that same tensor elsewhere, where an edit of this
             site does not belong (a branch that reads the residual stream without a norm).
+        made_from: Site that this one is made anew from at every call, for cached positions too. What is written here
+            would be forgotten by the next call, so it is refused where the model goes on from a cache.
         writable: Whether the site can be written.
     """
 
@@ -59,6 +61,7 @@ class Site:
     base: str | None = None
     in_place: bool = False
     copied: bool = False
+    made_from: str = ""
     writable: bool = True
 
     @property

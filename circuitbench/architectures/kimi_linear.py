@@ -1,8 +1,9 @@
 """Kimi Linear (Moonshot AI, arXiv:2510.26692): Kimi Delta Attention in three layers of four, latent attention in one.
 
-Latent attention (MLA) makes the keys and values of all positions anew from a small latent at every step, so ``attn.k``
-and ``attn.v`` are read where they have been expanded, head by head; the last channels of k are the same in all heads.
-Nothing is rotated: positions enter through the recurrent layers alone.
+Latent attention (MLA) caches a small ``attn.latent``, and makes the keys and values of all positions from it at every
+step. So ``attn.k`` and ``attn.v`` are read where they have been expanded, head by head (the last channels of k are the
+same in all heads), and what is written there holds for one forward. Nothing is rotated: positions enter through the
+recurrent layers alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from .blocks import RECURRENT, gated_delta, mlp, mlp_part, moe_part, qkv_project
 from .scans import KDAScan
 
 KDA_DIMS = {"h": "num_heads", "v": "head_dim", "k": "head_dim", "d_inner": "qkv_dim", "d_key": "qkv_dim"}
-MLA_DIMS = {"h": "num_heads", "p": "qk_head_dim", "v": "v_head_dim"}
+MLA_DIMS = {"h": "num_heads", "p": "qk_head_dim", "v": "v_head_dim", "r": "kv_lora_rank"}
 Q = "b t (h p) -> b t h p"
 
 KIMI_LINEAR = Architecture(
@@ -28,8 +29,9 @@ KIMI_LINEAR = Architecture(
         **resid_pre(),
         **gated_delta(qkv_projections(), Site("g_b_proj:output", "b t d_inner"), decay="b t h k", out="o_proj"),
         "attn.q": (Site("q_b_proj:output", Q, when="q_b_proj"), Site("q_proj:output", Q)),
-        "attn.k": Site("/self_expand_kv_0:output[0]", "b h t p -> b t h p", trim=True),
-        "attn.v": Site("/self_expand_kv_0:output[1]", "b h t v -> b t h v", trim=True),
+        "attn.latent": Site("kv_a_layernorm:output", "b t r"),
+        "attn.k": Site("/self_expand_kv_0:output[0]", "b h t p -> b t h p", trim=True, made_from="attn.latent"),
+        "attn.v": Site("/self_expand_kv_0:output[1]", "b h t v -> b t h v", trim=True, made_from="attn.latent"),
         "attn.pattern": Site("pattern:", "b h t t"),
         "attn.z": Site("o_proj:input", "b t (h v) -> b t h v"),
         "attn.out": Site(":output"),

@@ -73,7 +73,7 @@ class Binder:
         shapes: dict[str, tuple[str, ...]] = {}
         axes: dict[str, list[str]] = {}
         names: dict[str, list[str]] = {name: [] for name in found}
-        inside: dict[str, list[Spot]] = {name: [] for name in found}
+        theirs: dict[str, list[Spot]] = {name: [] for name in found}
         places: list[tuple[str, str, Envoy, bool]] = []  # (owner, name, module it is inside of, is an operation of it)
         for name, entry in self.architecture.sites.items():
             owner, _, site_name = name.rpartition(".")
@@ -102,11 +102,11 @@ class Binder:
                 spot.continues = part.cache if part is not None else ""
                 spots[owner][site_name] = spot
                 if site.base is None:
-                    inside[owner].append(spot)
+                    theirs[owner].append(spot)
                     if part is not None and part.scan is not None and not scans:
                         spot.opens = True
                     elif spot.timed:
-                        for earlier in inside[owner]:
+                        for earlier in theirs[owner]:
                             earlier.opens = True
                 places.append((owner, site_name, spot.envoy, ".source." in spot.locations[0]))
             names[owner].append(site_name)
@@ -213,6 +213,7 @@ class Binder:
             trim=site.trim,
             in_place=site.in_place,
             copied=site.copied,
+            made_from=site.made_from,
             writable=site.writable,
         )
 

@@ -154,6 +154,7 @@ class Spot:
         trim: bool,
         in_place: bool,
         copied: bool,
+        made_from: str,
         writable: bool,
     ) -> None:
         self.address = address
@@ -169,6 +170,7 @@ class Spot:
         self.trim = trim
         self.in_place = in_place
         self.copied = copied
+        self.made_from = made_from
         self.writable = writable
         self.instrument: list[Envoy] = []
         self.opens = False
@@ -270,7 +272,7 @@ class Spot:
         rows = own_rows(location, len(whole))
         view = whole[rows] if rows != slice(None) else whole
         grad = torch.is_grad_enabled() and raw.requires_grad
-        if self.in_place or self.copied or (grad and view._is_view()):
+        if self.in_place or self.copied or self.made_from or (grad and view._is_view()):
             # Autograd refuses in-place edits of some views, and gradients need it in the graph; and what is written by
             # copying must not be what the user has saved.
             view = view.clone()
@@ -289,6 +291,8 @@ class Spot:
             changed = changed and not torch.equal(view, whole[rows])
             if not (changed or grad):
                 return  # as in `set`: scaling and scaling back would lose a bit
+            if changed:
+                self.check_lasting(raw, now)
             new = self.to_raw(splice(whole, rows, view), raw, now)
             if not changed and self.scale is not None:
                 new = raw.detach() + (new - new.detach())  # dividing and multiplying again would lose a bit
@@ -311,10 +315,24 @@ class Spot:
             torch.equal(value, whole[rows]) and not (torch.is_grad_enabled() and value.requires_grad)
         ):
             return  # writing back what is there changes nothing, to the last bit
+        self.check_lasting(raw, now)
         new = self.to_raw(splice(whole, rows, value), raw, now)
         if self.scale is not None and torch.equal(value, whole[rows]):
             new = raw.detach() + (new - new.detach())  # only a gradient is new; dividing again would lose a bit
         self.put(location, held, raw, new)
+
+    def check_lasting(self, raw: Tensor, now: Visit | None) -> None:
+        """Refuse to write what the next call would make anew, from what it has cached."""
+        if (
+            self.made_from
+            and now is not None
+            and rearrange(raw, f"{self.raw} -> {self.canonical}").shape[1] > now.length
+        ):
+            raise BadInput(
+                f"{self.address} cannot be written where the model goes on from a cache: it is made from "
+                f"{self.made_from} at every step, for all positions, and the next step would forget the edit; write "
+                f"{self.made_from}, or run the whole sequence at once."
+            )
 
     def put(self, location: str, value: Any, raw: Tensor, new: Tensor) -> None:
         """Hand the new tensor to the model."""

@@ -171,10 +171,11 @@ def gated_delta(
     x, B = applied(change, "x", value), applied(change, "B", key[:, :, heads])
     C = applied(change, "C", query[:, :, heads] / key.shape[-1] ** 0.5)
     beta, decay = applied(change, "beta", beta), applied(change, "decay", g.exp())
-    state = x.new_zeros(*x.shape[:1], *B.shape[2:], x.shape[-1]) if initial_state is None else initial_state
+    decay = decay if decay.dim() == 4 else decay[..., None]  # of every channel of the keys, or of the head
+    state = x.new_zeros(*x.shape[:1], *B.shape[2:], x.shape[-1]) if initial_state is None else initial_state.to(x)
     outputs = []
     for t in range(x.shape[1]):
-        state = decay[:, t, :, None, None] * state
+        state = decay[:, t, ..., None] * state
         missing = x[:, t] - torch.einsum("bhkv,bhk->bhv", state, B[:, t])
         write = B[:, t, :, :, None] * (beta[:, t, :, None] * missing)[:, :, None]
         state = state + (change["write"](t, write) if "write" in change else write)
@@ -191,4 +192,6 @@ LOOPS: dict[str, Callable[..., Any]] = {
     "mamba2_selective_state_update": ssd_step,
     "torch_chunk_gated_delta_rule": gated_delta,
     "torch_recurrent_gated_delta_rule": gated_delta,
+    "chunk_kimi_delta_attention": gated_delta,
+    "recurrent_kimi_delta_attention": gated_delta,
 }

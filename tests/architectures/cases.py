@@ -14,10 +14,16 @@ from circuitbench.models.random import random_model
 
 S6 = ["mamba", "falcon_mamba", "jamba"]
 SSD = ["mamba2", "falcon_h1", "bamba", "zamba2", "nemotron_h", "granitemoehybrid"]
-RECURRENT = [*S6, *SSD, "qwen3_next"]
+DELTA = ["qwen3_next", "kimi_linear"]
+RECURRENT = [*S6, *SSD, *DELTA]
+SHORT_CONV = ["lfm2", "lfm2_moe"]
+# Alike another family but for their own modules, which `check` and the tests of sites and mixers look at.
+TWINS = ["qwen3_5_text", "qwen3_5_moe_text", "lfm2"]
 TRANSFORMERS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
-FAMILIES = [*RECURRENT, *TRANSFORMERS]
+FAMILIES = [*RECURRENT, "olmo_hybrid", "lfm2_moe", *TRANSFORMERS]
 
+ODD_DELTA = {"linear_num_key_heads": 1, "linear_num_value_heads": 3}
+ODD_DELTA |= {"linear_key_head_dim": 5, "linear_value_head_dim": 7}
 ODD_S6 = {"hidden_size": 24, "state_size": 5, "expand": 3, "conv_kernel": 3, "time_step_rank": 3}
 
 # name -> (family, changes to its tiny configuration)
@@ -56,10 +62,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid-many-groups": ("granitemoehybrid", {"mamba_n_groups": 4, "mamba_conv_bias": False}),
     "granitemoehybrid-dt-limits": ("granitemoehybrid", {"time_step_limit": (0.9, 1.5)}),
     "qwen3_next": ("qwen3_next", {}),
-    "qwen3_next-odd-sizes": (
-        "qwen3_next",
-        {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "linear_key_head_dim": 5, "linear_value_head_dim": 7},
+    "qwen3_next-odd-sizes": ("qwen3_next", ODD_DELTA),
+    "qwen3_5_text": ("qwen3_5_text", {}),
+    "qwen3_5_text-odd-sizes": ("qwen3_5_text", {**ODD_DELTA, "linear_conv_kernel_dim": 3}),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {}),
+    "olmo_hybrid": ("olmo_hybrid", {}),
+    "olmo_hybrid-odd-sizes": ("olmo_hybrid", {**ODD_DELTA, "linear_conv_kernel_dim": 2}),
+    "olmo_hybrid-no-positions": (
+        "olmo_hybrid",
+        {"linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": None}},
     ),
+    "kimi_linear": ("kimi_linear", {}),
+    "kimi_linear-odd-sizes": (
+        "kimi_linear",
+        {"linear_num_heads": 3, "linear_head_dim": 5, "linear_conv_kernel_dim": 3, "q_lora_rank": 6, "v_head_dim": 7},
+    ),
+    "lfm2": ("lfm2", {}),
+    "lfm2-odd-sizes": ("lfm2", {"hidden_size": 20, "conv_L_cache": 4, "num_attention_heads": 2}),
+    "lfm2-bias": ("lfm2", {"conv_bias": True}),
+    "lfm2_moe": ("lfm2_moe", {}),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Edit = Callable[[int, Tensor], Tensor]  # (position, h_t) -> h_t
+DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear")
 
 
 def unchanged(position: int, state: Tensor) -> Tensor:
@@ -21,6 +22,10 @@ def unchanged(position: int, state: Tensor) -> Tensor:
 
 def silu(value: Tensor) -> Tensor:
     return value / (1 + torch.exp(-value))
+
+
+def sigmoid(value: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-value))
 
 
 def softplus(value: Tensor) -> Tensor:
@@ -43,12 +48,17 @@ def linear(weights: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
 
 def causal_conv(weights: dict[str, Tensor], value: Tensor) -> Tensor:
     """Each channel: the weighted sum of its last k values, then SiLU."""
-    kernel = weights["conv1d.weight"][:, 0]
-    out = torch.zeros_like(value) + weights.get("conv1d.bias", torch.zeros(value.shape[1], dtype=value.dtype))
+    return silu(causal_taps(weights, "conv1d", value))
+
+
+def causal_taps(weights: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """Each channel: the weighted sum of its last k values."""
+    kernel = weights[f"{name}.weight"][:, 0]
+    out = torch.zeros_like(value) + weights.get(f"{name}.bias", torch.zeros(value.shape[1], dtype=value.dtype))
     for t in range(value.shape[0]):
         for back in range(min(kernel.shape[1], t + 1)):
             out[t] += kernel[:, -1 - back] * value[t - back]
-    return silu(out)
+    return out
 
 
 def mixer(
@@ -56,10 +66,12 @@ def mixer(
 ) -> dict[str, Tensor]:
     """Every site of the mixer for hidden states `(t, d_model)`; `edit` changes the state at a position."""
     family, hidden = config.model_type, hidden.double()
+    if family.startswith("lfm2"):
+        return short_conv(module, hidden)
     if family in ("mamba", "falcon_mamba", "jamba"):
         return s6_mixer(family, module, hidden, edit, when)
-    if family == "qwen3_next":
-        return gated_delta_mixer(module, hidden, edit, when)
+    if family in DELTA:
+        return delta_mixer(family, module, hidden, edit, when)
     return ssd_mixer(config, module, hidden, edit, when)
 
 
@@ -145,40 +157,103 @@ def gate_and_norm(family: str, module: Any, w: dict[str, Tensor], y: Tensor, gat
     return normed(y * silu(gate))
 
 
-def gated_delta_mixer(module: Any, hidden: Tensor, edit: Edit, when: str) -> dict[str, Tensor]:
-    """Yang, Kautz & Hatamizadeh 2024: decay the memory, then move what it holds at k towards v by beta."""
+def delta_mixer(family: str, module: Any, hidden: Tensor, edit: Edit, when: str) -> dict[str, Tensor]:
+    """Yang, Kautz & Hatamizadeh 2024: decay the memory, then move what it holds at k towards v by beta.
+
+    Kimi Linear's memory decays channel by channel (Kimi Team 2025).
+    """
     w = weights_of(module)
-    key_heads, value_heads = module.num_k_heads, module.num_v_heads
-    dk, dv, each = module.head_k_dim, module.head_v_dim, module.num_v_heads // module.num_k_heads
-    projected = hidden @ w["in_proj_qkvz.weight"].T
-    q, k, v, z = projected.unflatten(-1, (key_heads, -1)).split([dk, dk, each * dv, each * dv], dim=-1)
-    b, a = (hidden @ w["in_proj_ba.weight"].T).unflatten(-1, (key_heads, -1)).split([each, each], dim=-1)
-    conv = causal_conv(w, torch.cat([part.flatten(1) for part in (q, k, v)], dim=-1))
-    q, k, v = conv.split([key_heads * dk, key_heads * dk, value_heads * dv], dim=-1)
-    q, k = (value.unflatten(-1, (key_heads, dk)) for value in (q, k))
+    found, (q, k, v), (b, a), gate = PROJECTED.get(family, projected_apart)(module, w, hidden)
+    heads, dv = v.shape[1] // module_dim(module, "head_v_dim"), module_dim(module, "head_v_dim")
+    dk = module_dim(module, "head_k_dim")
+    conv = causal_conv(w, torch.cat([q, k, v], dim=-1))
+    q, k, v = conv.split([q.shape[1], k.shape[1], v.shape[1]], dim=-1)
+    q, k = (value.unflatten(-1, (-1, dk)) for value in (q, k))
     q, k = (value / (value.square().sum(-1, keepdim=True) + 1e-6).sqrt() for value in (q, k))
-    B = torch.stack([k[:, h // each] for h in range(value_heads)], dim=1)
-    C = torch.stack([q[:, h // each] for h in range(value_heads)], dim=1) / dk**0.5
-    v = v.unflatten(-1, (value_heads, dv))
-    beta = 1 / (1 + torch.exp(-b.flatten(1)))
-    decay = torch.exp(-torch.exp(w["A_log"]) * softplus(a.flatten(1) + w["dt_bias"]))
-    state = torch.zeros(value_heads, dk, dv, dtype=torch.float64)
+    each = heads // k.shape[1]
+    B = torch.stack([k[:, h // each] for h in range(heads)], dim=1)
+    C = torch.stack([q[:, h // each] for h in range(heads)], dim=1) / dk**0.5
+    v = v.unflatten(-1, (heads, dv))
+    beta = sigmoid(b) * (2 if getattr(module, "allow_neg_eigval", False) else 1)
+    if family == "kimi_linear":
+        rate, shift = w["forget_gate.A_log"].reshape(heads, 1), w["forget_gate.dt_bias"].reshape(heads, dk)
+        decay = torch.exp(-torch.exp(rate) * softplus(a.unflatten(-1, (heads, dk)) + shift))
+    else:
+        decay = torch.exp(-torch.exp(w["A_log"]) * softplus(a + w["dt_bias"]))
+    kept = decay if decay.dim() == 3 else decay[:, :, None].expand(-1, -1, dk)
+    state = torch.zeros(heads, dk, dv, dtype=torch.float64)
     states, outputs, writes = [], [], []
     for t in range(len(v)):
-        state = decay[t, :, None, None] * state
-        held = torch.stack([B[t, h] @ state[h] for h in range(value_heads)])
+        state = kept[t, :, :, None] * state
+        held = torch.stack([B[t, h] @ state[h] for h in range(heads)])
         write = B[t, :, :, None] * (beta[t, :, None] * (v[t] - held))[:, None, :]
         state = state + write
         read, state = state, edit(t, state)
         used = read if when == "after_read" else state
         states.append(state)
         writes.append(write)
-        outputs.append(torch.stack([C[t, h] @ used[h] for h in range(value_heads)]))
+        outputs.append(torch.stack([C[t, h] @ used[h] for h in range(heads)]))
     y = torch.stack(outputs)
-    z = z.reshape(len(z), value_heads, dv)
-    gated = (rms(y, module.norm.variance_epsilon, w["norm.weight"]) * silu(z)).flatten(1)
+    norm, out = ("norm", "out_proj") if hasattr(module, "norm") else ("o_norm", "o_proj")
+    normed = rms(y, module.get_submodule(norm).variance_epsilon, w[f"{norm}.weight"]).flatten(1)
+    gated = normed * (sigmoid(gate) if family == "kimi_linear" else silu(gate))
     return {
-        "in_proj": projected, "conv": conv, "x": v, "B": B, "C": C, "beta": beta, "decay": decay,
-        "write": torch.stack(writes), "state": torch.stack(states), "y": y, "gate": z.flatten(1), "gated": gated,
-        "out": gated @ w["out_proj.weight"].T,
+        **found, "conv": conv, "x": v, "B": B, "C": C, "beta": beta, "decay": decay, "write": torch.stack(writes),
+        "state": torch.stack(states), "y": y, "gate": gate, "gated": gated, "out": gated @ w[f"{out}.weight"].T,
     }  # fmt: skip
+
+
+def module_dim(module: Any, name: str) -> int:
+    """Size of a head's keys or values, which are alike in Kimi Linear."""
+    return getattr(module, name) if hasattr(module, name) else module.head_dim
+
+
+Projected = tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor], Tensor]
+
+
+def projected_qkvz(module: Any, w: dict[str, Tensor], hidden: Tensor) -> Projected:
+    """Qwen3-Next: key head by key head, its q, k, and the v and z of the value heads it serves; so for b and a."""
+    dk, dv, each = module.head_k_dim, module.head_v_dim, module.num_v_heads // module.num_k_heads
+    fused = hidden @ w["in_proj_qkvz.weight"].T
+    by_head = fused.unflatten(-1, (module.num_k_heads, -1)).split([dk, dk, each * dv, each * dv], dim=-1)
+    q, k, v, z = (value.flatten(1) for value in by_head)
+    b, a = (hidden @ w["in_proj_ba.weight"].T).unflatten(-1, (module.num_k_heads, -1)).split([each, each], dim=-1)
+    return {"in_proj": fused}, (q, k, v), (b.flatten(1), a.flatten(1)), z
+
+
+def projected_qkv(module: Any, w: dict[str, Tensor], hidden: Tensor) -> Projected:
+    """Qwen3.5: one projection for q, k and v, and one each for the others."""
+    fused = linear(w, "in_proj_qkv", hidden)
+    q, k, v = fused.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
+    b, a, z = (linear(w, f"in_proj_{name}", hidden) for name in "baz")
+    return {"qkv_proj": fused}, (q, k, v), (b, a), z
+
+
+def projected_low_rank(module: Any, w: dict[str, Tensor], hidden: Tensor) -> Projected:
+    """Kimi Linear: decay and gate pass a narrow layer."""
+    found = {f"{name}_proj": linear(w, f"{name}_proj", hidden) for name in "qkv"}
+    decay = linear(w, "forget_gate.f_b_proj", linear(w, "forget_gate.f_a_proj", hidden))
+    gate = linear(w, "g_b_proj", linear(w, "g_a_proj", hidden))
+    q, k, v = found.values()
+    return found, (q, k, v), (linear(w, "b_proj", hidden), decay), gate
+
+
+def projected_apart(module: Any, w: dict[str, Tensor], hidden: Tensor) -> Projected:
+    """OLMo Hybrid: six projections."""
+    q, k, v, b, a, g = (linear(w, f"{name}_proj", hidden) for name in "qkvbag")
+    return {"q_proj": q, "k_proj": k, "v_proj": v}, (q, k, v), (b, a), g
+
+
+PROJECTED = {"qwen3_next": projected_qkvz, "qwen3_5_text": projected_qkv, "qwen3_5_moe_text": projected_qkv}
+PROJECTED |= {"kimi_linear": projected_low_rank}
+
+
+def short_conv(module: Any, hidden: Tensor) -> dict[str, Tensor]:
+    """LFM2: z = Conv(B ⊙ x), then C ⊙ z, with B, C and x from one projection."""
+    w = weights_of(module)
+    fused = linear(w, "in_proj", hidden)
+    B, C, x = fused.chunk(3, dim=-1)
+    y = causal_taps(w, "conv", B * x)
+    gated = C * y
+    found = {"in_proj": fused, "B": B, "C": C, "x": x, "y": y, "gated": gated}
+    return {**found, "out": linear(w, "out_proj", gated)}

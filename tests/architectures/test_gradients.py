@@ -20,16 +20,20 @@ STEP = 1e-5
 @pytest.fixture
 def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers casts norms, softmaxes and decays to float32, which a finite difference would see as noise."""
-    cast, softmax = torch.Tensor.to, torch.nn.functional.softmax
+    cast, typed, softmax = torch.Tensor.to, torch.Tensor.type, torch.nn.functional.softmax
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         single = torch.float32 in args or kwargs.get("dtype") == torch.float32
         return self if self.dtype == torch.float64 and single else cast(self, *args, **kwargs)
 
+    def as_type(self: Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        return self if self.dtype == torch.float64 and dtype == torch.float32 else typed(self, dtype, **kwargs)
+
     def soft(value: Tensor, dim: int, dtype: Any = None, **kwargs: Any) -> Tensor:
         return softmax(value, dim=dim, dtype=None if value.dtype == torch.float64 else dtype)
 
     monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.Tensor, "type", as_type)
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self.to(torch.float32))
     monkeypatch.setattr(torch.nn.functional, "softmax", soft)
 
@@ -70,7 +74,20 @@ def loss_with(model: cb.Model, site: str, value: Tensor) -> float:
     return loss.item()
 
 
-@pytest.mark.parametrize("variant", ["mamba", "mamba2", "qwen3_next", "falcon_h1", "falcon_h1-no-norm", "llama"])
+SLOPES = [
+    "mamba",
+    "mamba2",
+    "qwen3_next",
+    "falcon_h1",
+    "falcon_h1-no-norm",
+    "llama",
+    "olmo_hybrid",
+    "kimi_linear",
+    "lfm2",
+]
+
+
+@pytest.mark.parametrize("variant", SLOPES)
 @pytest.mark.usefixtures("in_double")
 def test_a_gradient_is_the_slope_of_the_same_write(variant: str) -> None:
     model = load(variant, torch.float64)

@@ -13,13 +13,20 @@ from circuitbench.models import kernels
 from circuitbench.models.prompts import encode
 from circuitbench.tracing import capture
 from tests.architectures import reference
-from tests.architectures.cases import RECURRENT, S6, VARIANTS, load, plain, prompts, relative
+from tests.architectures.cases import RECURRENT, S6, SHORT_CONV, VARIANTS, load, plain, prompts, relative
 
 LENGTHS = (13, 5, 1)  # odd, across chunks of 8 and within one, and a single token; padded to 13
 
 
+def part(model: cb.Model) -> str:
+    """Name of the mixer's part."""
+    return "conv" if model.architecture in SHORT_CONV else "ssm"
+
+
 def mixers(model: cb.Model) -> dict[int, Any]:
     """Layer index -> the mixer's module, torch's own object."""
+    if part(model) == "conv":
+        return {layer.index: layer.envoy._module.conv for layer in model.layers if layer.kind == "conv"}
     return {layer.index: layer.ssm._envoy._module for layer in model.layers if "ssm.y" in layer.sites}
 
 
@@ -50,7 +57,8 @@ def branch_multiplier(model: cb.Model) -> float:
 
 def errors(model: cb.Model, ids: list[list[int]], sites: list[str] | None = None) -> dict[str, float]:
     """Largest relative error of each site against the reference, over layers and prompts."""
-    names = sites or [s for s in model.layers[min(mixers(model))].sites if s.startswith("ssm.") and s != "ssm.mixing"]
+    own = [name for name in model.layers[min(mixers(model))].sites if name.startswith(f"{part(model)}.")]
+    names = sites or [name for name in own if name != "ssm.mixing"]
     found = capture(model, ids, [f"layers.*.{name}" for name in names])
     worst: dict[str, float] = dict.fromkeys(names, 0.0)
     for layer, inputs in mixer_inputs(model, ids).items():
@@ -59,7 +67,7 @@ def errors(model: cb.Model, ids: list[list[int]], sites: list[str] | None = None
             expected["out"] = expected["out"] * branch_multiplier(model)
             for name in names:
                 got = found[f"layers.{layer}.{name}"][row, : len(hidden)]
-                want = expected[name.removeprefix("ssm.")]
+                want = expected[name.partition(".")[2]]
                 assert got.shape == want.shape, name
                 worst[name] = max(worst[name], relative(got, want))
     return worst
@@ -70,16 +78,17 @@ def test_every_site_of_the_mixer_follows_the_papers_formulas(variant: str) -> No
     model = load(variant)
     if any(name.endswith("in_proj.bias") for name, _ in model.hf.named_parameters()):
         with pytest.raises(cb.BadInput, match="in_proj with a bias.*one length"):
-            capture(model, prompts(*LENGTHS), "layers.0.ssm.y")
+            capture(model, prompts(*LENGTHS), f"layers.0.{part(model)}.y")
         worst = errors(model, prompts(LENGTHS[0]))
     else:
         worst = errors(model, prompts(*LENGTHS))
     assert max(worst.values()) < 1e-5, worst
 
 
-@pytest.mark.parametrize("family", RECURRENT)
+@pytest.mark.parametrize("family", [*RECURRENT, "olmo_hybrid", "qwen3_5_text", *SHORT_CONV])
 def test_in_bfloat16_y_and_the_state_stay_within_its_rounding(family: str) -> None:
-    worst = errors(load(family, torch.bfloat16), prompts(*LENGTHS), ["ssm.y", "ssm.state"])
+    sites = ["conv.y", "conv.out"] if family in SHORT_CONV else ["ssm.y", "ssm.state"]
+    worst = errors(load(family, torch.bfloat16), prompts(*LENGTHS), sites)
     assert max(worst.values()) < 3e-2, worst
 
 
@@ -107,7 +116,9 @@ def test_dt_is_read_after_its_clamp(variant: str) -> None:
     assert dt.unique().numel() > 2
 
 
-@pytest.mark.parametrize("variant", ["mamba2-many-groups", "falcon_h1", "qwen3_next-odd-sizes"])
+@pytest.mark.parametrize(
+    "variant", ["mamba2-many-groups", "falcon_h1", "qwen3_next-odd-sizes", "kimi_linear-odd-sizes", "olmo_hybrid"]
+)
 def test_the_mixing_matrix_times_x_plus_the_skip_is_y(variant: str) -> None:
     model = load(variant)
     got = capture(model, prompts(13), ["layers.0.ssm.mixing", "layers.0.ssm.x", "layers.0.ssm.y"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 import circuitbench as cb
 from circuitbench.tracing.addresses import read_site, write_site
 from tests.architectures.by_hand import hooked, inside
-from tests.architectures.cases import FAMILIES, load, plain, prompts, relative
+from tests.architectures.cases import FAMILIES, TWINS, load, plain, prompts, relative
 
 IDS = torch.tensor(prompts(9, 9))
-MODELS = [*FAMILIES, "granitemoehybrid-no-experts", "falcon_h1-no-norm", "zamba2-adapters", "zamba2-rope"]
+MODELS = [*FAMILIES, *TWINS, "granitemoehybrid-no-experts", "falcon_h1-no-norm", "zamba2-adapters", "zamba2-rope"]
+MODELS += ["kimi_linear-odd-sizes", "olmo_hybrid-no-positions"]
 
+DELTA = {"ssm": "linear_attn", "attn": "self_attn", "mlp": "mlp"}
+LFM2 = {"conv": "conv", "attn": "self_attn", "mlp": "feed_forward"}
 PARTS = {
     "mamba": {"ssm": "mixer"},
     "falcon_mamba": {"ssm": "mixer"},
@@ -28,7 +31,9 @@ PARTS = {
     "bamba": {"ssm": "mamba", "attn": "self_attn", "mlp": "feed_forward"},
     "nemotron_h": {"ssm": "mixer", "attn": "mixer", "mlp": "mixer"},
     "granitemoehybrid": {"ssm": "mamba", "attn": "self_attn", "mlp": "shared_mlp"},
-    "qwen3_next": {"ssm": "linear_attn", "attn": "self_attn", "mlp": "mlp"},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), DELTA),
+    "kimi_linear": {"ssm": "self_attn", "attn": "self_attn", "mlp": "mlp"},
+    **dict.fromkeys(("lfm2", "lfm2_moe"), LFM2),
     "gpt2": {"attn": "attn", "mlp": "mlp"},
     "gpt_neox": {"attn": "attention", "mlp": "mlp"},
 }
@@ -36,9 +41,29 @@ LAYERS = {"mamba": "backbone.layers", "falcon_mamba": "backbone.layers", "mamba2
     "gpt2": "transformer.h",
     "gpt_neox": "gpt_neox.layers",
 }
-MERGE = {"gpt2": "c_proj", "gpt_neox": "dense"}  # what puts the heads together again
+MERGE = {
+    "gpt2": "c_proj",
+    "gpt_neox": "dense",
+    "lfm2": "out_proj",
+    "lfm2_moe": "out_proj",
+}  # what puts the heads together again
 DOWN = {"gpt2": "c_proj", "gpt_neox": "dense_4h_to_h", "granitemoehybrid": "output_linear"}
-ROUTER = {"jamba": "router", "nemotron_h": "gate", "qwen3_next": "gate", "granitemoehybrid": "router"}
+DOWN |= {"lfm2": "w2", "lfm2_moe": "w2"}
+GATE = {
+    "qwen3_5_text": "in_proj_z",
+    "qwen3_5_moe_text": "in_proj_z",
+    "olmo_hybrid": "g_proj",
+    "kimi_linear": "g_b_proj",
+}
+ROUTER = {  # where it is in a layer, and the norm that it reads
+    "jamba": ("feed_forward.router", "pre_ff_layernorm"),
+    "nemotron_h": ("mixer.gate", "norm"),
+    "qwen3_next": ("mlp.gate", "post_attention_layernorm"),
+    "qwen3_5_moe_text": ("mlp.gate", "post_attention_layernorm"),
+    "granitemoehybrid": ("block_sparse_moe.router", "post_attention_layernorm"),
+    "kimi_linear": ("mlp.gate", "post_attention_layernorm"),
+    "lfm2_moe": ("feed_forward.gate", "ffn_norm"),
+}
 
 
 def family(model: Any) -> str:
@@ -119,11 +144,19 @@ def by_hand(hf: Any, index: int, name: str) -> contextlib.AbstractContextManager
     if part in ("", "moe"):
         return None
     module = part_of(hf, index, part)
-    if name == "ssm.in_proj":
+    if name in ("ssm.in_proj", "conv.in_proj"):
         return hooked(module.in_proj_qkvz if kind == "qwen3_next" else module.in_proj, halved, "output")
-    if name == "ssm.gated":
-        return hooked(module.out_proj, halved, "input")
-    if name == "ssm.conv":
+    if name in ("ssm.q_proj", "ssm.k_proj", "ssm.v_proj"):
+        return hooked(module.get_submodule(site), halved, "output")
+    if name == "ssm.qkv_proj":
+        return hooked(module.in_proj_qkv, halved, "output")
+    if name in ("conv.B", "conv.C", "conv.x"):
+        return hooked(module.in_proj, third(halved, "BCx".index(site), 1, False), "output")
+    if name == "ssm.gate" and kind in GATE:
+        return hooked(module.get_submodule(GATE[kind]), halved, "output")
+    if name in ("ssm.gated", "conv.gated"):
+        return hooked(module.get_submodule("out_proj" if hasattr(module, "out_proj") else "o_proj"), halved, "input")
+    if name in ("ssm.conv", "conv.y"):
         return inside(hf, module, causal_conv1d_fn=lambda f: lambda *a, **k: halved(f(*a, **k).mT).mT)
     if name == "attn.z":
         return hooked(module.get_submodule(MERGE.get(kind, "o_proj")), by_heads(halved, heads), "input")
@@ -133,13 +166,18 @@ def by_hand(hf: Any, index: int, name: str) -> contextlib.AbstractContextManager
         return hooked(module, halved, "input")
     if name == "mlp.hidden":
         return hooked(module.get_submodule(DOWN.get(kind, "down_proj")), halved, "input")
+    if name == "attn.latent":
+        return hooked(module.kv_a_layernorm, halved, "output")
+    if name in ("attn.k", "attn.v") and kind == "kimi_linear":
+        return expanded(module, "kv".index(site))
     if name in ("attn.q", "attn.k", "attn.v"):
         which = "qkv".index(site)
         if kind in ("gpt2", "gpt_neox"):
             fused = module.c_attn if kind == "gpt2" else module.query_key_value
             return hooked(fused, third(halved, which, heads, kind == "gpt_neox"), "output")
-        projection = module.get_submodule(f"{site}_proj")
-        if kind == "qwen3_next" and site == "q":  # [q | gate] in every head
+        normed, low_rank = kind == "olmo_hybrid" and site != "v", kind == "kimi_linear" and config.q_lora_rank
+        projection = module.get_submodule(f"{site}{'_norm' if normed else '_b_proj' if low_rank else '_proj'}")
+        if kind.startswith(("qwen3_next", "qwen3_5")) and site == "q":  # [q | gate] in every head
             split = lambda v: torch.cat([halved(v.chunk(2, -1)[0]), v.chunk(2, -1)[1]], -1)  # noqa: E731
             return hooked(projection, by_heads(split, heads), "output")
         if getattr(config, "use_shared_attention_adapter", False):
@@ -148,11 +186,33 @@ def by_hand(hf: Any, index: int, name: str) -> contextlib.AbstractContextManager
     return None
 
 
+@contextlib.contextmanager
+def expanded(module: Any, which: int) -> Iterator[None]:
+    """`halved` of what latent attention expands: the keys or the values, which have their heads first."""
+    own = module.expand_kv
+
+    def expand_kv(*latents: Tensor) -> Any:
+        found = list(own(*latents))
+        found[which] = halved(found[which].transpose(1, 2)).transpose(1, 2)
+        return found
+
+    module.expand_kv = expand_kv
+    try:
+        yield
+    finally:
+        del module.expand_kv
+
+
+def normed_branches(hf: Any, layer: nn.Module) -> bool:
+    """Whether what the branches put out is normed before it is added."""
+    return family(hf).startswith("gemma") or (family(hf) == "olmo_hybrid" and hasattr(layer, "self_attn"))
+
+
 def branch(hf: Any, index: int, part: str) -> contextlib.AbstractContextManager[None] | None:
     """`halved` of what a branch adds to the residual stream."""
     factor = multiplier(hf, part)
     layer = layer_of(hf, index)
-    if family(hf).startswith("gemma"):
+    if normed_branches(hf, layer):
         norm = layer.post_attention_layernorm if part == "attn" else layer.post_feedforward_layernorm
         return hooked(norm, halved, "output")
     if family(hf) == "granitemoehybrid" and part == "mlp" and layer.has_experts:
@@ -239,8 +299,8 @@ def test_writing_between_the_halves_of_a_layer_adds_to_both(models: tuple[cb.Mod
     for layer in model.layers:
         if "resid_mid" not in layer.sites:
             continue
-        part = "ssm" if "ssm.out" in layer.sites else "attn"
-        if family(hf).startswith("gemma"):
+        part = next(name for name in ("ssm", "conv", "attn") if f"{name}.out" in layer.sites)
+        if normed_branches(hf, layer_of(hf, layer.index)):
             module, factor = layer_of(hf, layer.index).post_attention_layernorm, 1.0
         else:
             module, factor = part_of(hf, layer.index, part), multiplier(hf, part)
@@ -263,7 +323,7 @@ def test_a_pattern_weighs_the_values(models: tuple[cb.Model, Any]) -> None:
         assert (pattern.triu(1) == 0).all()
         v = v.repeat_interleave(pattern.shape[1] // v.shape[2], 2)
         mixed = torch.einsum("bhts,bshp->bthp", pattern, v)
-        if model.architecture == "qwen3_next":  # its output gate comes between
+        if model.architecture.startswith(("qwen3_next", "qwen3_5")):  # their output gate comes between
             assert relative(z, mixed) > 1e-2
             assert ((z / mixed) > 0).float().mean() > 0.99
         else:
@@ -274,16 +334,8 @@ def test_a_pattern_weighs_the_values(models: tuple[cb.Model, Any]) -> None:
 def test_the_router_reads_the_mlps_input_and_chooses_the_experts(variant: str) -> None:
     model, hf = load(variant), plain(variant)
     layer = next(layer for layer in model.layers if "moe.router" in layer.sites)
-    paths = {
-        "jamba": "feed_forward",
-        "nemotron_h": "mixer",
-        "qwen3_next": "mlp",
-        "granitemoehybrid": "block_sparse_moe",
-    }
-    router = layer_of(hf, layer.index).get_submodule(f"{paths[variant]}.{ROUTER[variant]}")
-    norms = {"jamba": "pre_ff_layernorm", "nemotron_h": "norm"}
+    router, norm = (layer_of(hf, layer.index).get_submodule(path) for path in ROUTER[variant])
     seen: list[Tensor] = []
-    norm = layer_of(hf, layer.index).get_submodule(norms.get(variant, "post_attention_layernorm"))
     with torch.no_grad(), hooked(norm, lambda value: seen.append(value) or value, "output"):
         hf(IDS)
     with torch.no_grad():

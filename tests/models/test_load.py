@@ -12,14 +12,22 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import circuitbench as cb
 from circuitbench.architectures import ARCHITECTURES, registry
 from circuitbench.architectures.blocks import attention, attention_part, mlp, mlp_part, resid_mid, resid_post, resid_pre
 from circuitbench.models import kernels
 from circuitbench.models.random import random_model
-from tests.architectures.cases import FAMILIES, plain, prompts
+from tests.architectures.cases import FAMILIES, TWINS, plain, prompts
 
 IDS = torch.tensor(prompts(9))
 
@@ -59,13 +67,28 @@ def test_a_folder_gives_the_model_that_was_saved(family: str, tmp_path: Path) ->
     assert (logits(half).float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+def test_a_model_that_sees_is_loaded_as_its_language_model(tmp_path: Path) -> None:
+    text = ARCHITECTURES["qwen3_5_text"].random_config
+    eyes = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    seeing = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["qwen3_5"](text_config=text, vision_config=eyes))
+    seeing.save_pretrained(tmp_path)
+    model = cb.load_model(tmp_path)
+    assert model.architecture == model.hf.config.model_type == "qwen3_5_text"
+    torch.testing.assert_close(logits(model), seeing.eval()(IDS).logits.detach(), rtol=1e-4, atol=1e-5)
+    assert cb.load_model("random:qwen3_5").architecture == "qwen3_5_text"
+    with pytest.raises(
+        cb.UnsupportedModel, match=r"Qwen3_5ForConditionalGeneration has no 'model.layers'.*ForCausalLM"
+    ):
+        cb.load_model(seeing)
+
+
 def test_half_precision_on_disk_is_computed_in_float32_unless_asked(tmp_path: Path) -> None:
     plain("mamba2", torch.bfloat16).save_pretrained(tmp_path)
     assert next(cb.load_model(tmp_path).hf.parameters()).dtype == torch.float32
     assert next(cb.load_model(tmp_path, dtype=torch.float16).hf.parameters()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TWINS])
 def test_every_family_comes_with_random_weights(family: str) -> None:
     """The same ones every time, kept apart from the caller's random state, and no two layers alike."""
     torch.manual_seed(3)

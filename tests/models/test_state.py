@@ -18,7 +18,7 @@ from torch import Tensor
 import circuitbench as cb
 from circuitbench.tracing import Add, intervene
 from tests.architectures.by_hand import Change, scan_changed
-from tests.architectures.cases import RECURRENT, S6, load, plain, prompts, relative
+from tests.architectures.cases import DELTA, RECURRENT, S6, load, plain, prompts, relative
 
 LENGTH = 9
 IDS = torch.tensor(prompts(LENGTH, LENGTH))
@@ -339,7 +339,7 @@ def halved(value: Tensor) -> Tensor:
 
 def write_by_hand(pair: Pair) -> Change:
     """What the delta rule adds depends on the state: the edit fixes what is added, at the edited positions alone."""
-    if pair.model.architecture != "qwen3_next":
+    if pair.model.architecture not in DELTA:
         return {"write": halved}
     added: list[Tensor] = []
     pair.by_hand({"write": lambda t, write: added.append(write) or write})

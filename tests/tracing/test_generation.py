@@ -34,7 +34,9 @@ def model() -> cb.Model:
     return load("mamba2")
 
 
-@pytest.mark.parametrize("variant", [*RECURRENT, "falcon_h1-no-norm", "gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize(
+    "variant", [*RECURRENT, "olmo_hybrid", "lfm2_moe", "falcon_h1-no-norm", "gpt2", "llama", "gemma2"]
+)
 def test_greedy_generation_is_transformers(variant: str) -> None:
     model, hf = load(variant), plain(variant)
     expected = by_itself(hf, IDS, max_new_tokens=5, do_sample=False)
