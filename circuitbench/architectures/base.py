@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
+    from transformers import PretrainedConfig
 
     from .scans import Scan
 
@@ -40,6 +41,8 @@ class Site:
         index: Take this element of the pattern's first axis (for fused projections: ``"b t (s d) -> s b t d"``).
         when: Attribute of the part's module that must be true for this entry to apply (``"!name"``: must be false).
         scale: Attribute by which the model multiplies the tensor afterwards; reads and writes include it.
+        divided: (configuration, layer) -> by what the model has divided the tensor in eval mode, to keep it in range;
+            reads multiply it back, writes divide.
         trim: The operation's output may start with cached positions; only the last ``t`` belong to this forward.
         base: Name of the part `at` is relative to, where it is not the site's own (``""``: the layer).
         in_place: Assigning copies into the model's tensor, because the model goes on with that same tensor elsewhere
@@ -57,6 +60,7 @@ class Site:
     index: int | None = None
     when: str | None = None
     scale: str | None = None
+    divided: Callable[[PretrainedConfig, Any], float] | None = None
     trim: bool = False
     base: str | None = None
     in_place: bool = False

@@ -85,6 +85,9 @@ class Scan:
         sequence: Address of what runs a whole sequence.
         step: Address of what runs one token from a cached state (the same, where one operation does both).
         continues: Whether a sequence of several tokens goes on from a cached state.
+        restarts: What starts from zero again, where it does not.
+        reads_before_write: Whether y_t reads the state before position t's write, so that no edit of h_t changes y_t.
+        weighs: Whether y is divided by what comes out of the state, so that its matrix depends on the initial one.
         write_follows_state: Whether what a step adds depends on the state before it.
         loops: Where the scan is a loop in the part's own forward rather than one operation: what is before and after
             it, in each of the loops there are (see `loops`).
@@ -94,6 +97,9 @@ class Scan:
     sequence = ""
     step = ""
     continues = True
+    restarts = "this scan"
+    reads_before_write = False
+    weighs = False
     write_follows_state = False
     operand_names: tuple[str, ...] = ()
     loops: tuple[Loop, ...] = ()
@@ -124,6 +130,16 @@ class Scan:
     def pack(self, call: Call, y: Tensor, state: Tensor | None, decoding: bool) -> Any:
         """A canonical result in the form the function returns it."""
         raise TypeError("Scan is abstract")
+
+    def kept(self, own: Any, state: Tensor, scale: Tensor | None) -> Any:
+        """A canonical final state in the form of `own`, the one that the function returned.
+
+        Args:
+            own: What it returned.
+            state: What to put in its place.
+            scale: The logarithm of the units it is in, where the recurrence has such.
+        """
+        return state.to(own.dtype)
 
     def output_y(self, output: Any, decoding: bool) -> Tensor:
         """The canonical y in what the function returned, as a view of it."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .. import recurrences
 from ..architectures.base import LAYER, Architecture, Part, Site, find_module, find_part
 from ..errors import UnsupportedModel
+from ..recurrences import recurrence_of
 from .attention_view import Pattern
 from .spots import Spot
 from .views import LayerView, PartView, SSMView, Verbs
@@ -124,7 +124,7 @@ class Binder:
             if part.scan is None:
                 parts[name] = PartView(f"layers.{index}.{name}", spots[name])
             else:
-                recurrence = Verbs(recurrences.RECURRENCES[part.scan.recurrence])
+                recurrence = verbs_of(part.scan)
                 parts[name] = SSMView(
                     f"layers.{index}.{name}",
                     spots[name],
@@ -160,7 +160,7 @@ class Binder:
     def scan_home(self, scan: Scan, part: Envoy) -> Envoy:
         """The module whose forward calls the scan."""
         path, _, operation = scan.sequence.partition("/")
-        return part.get(path) if path and operation else part
+        return inside(part, path) if path and operation else part
 
     def applicable(self, entry: Site | tuple[Site, ...], part: nn.Module, layer: nn.Module) -> Site | None:
         """The alternative whose condition holds, if any."""
@@ -210,12 +210,18 @@ class Binder:
             sizes=sizes,
             index=site.index,
             scale=None if site.scale is None else float(self.attribute(site.scale, owner._module, layer)),
+            divided=self.divided(site, layer),
             trim=site.trim,
             in_place=site.in_place,
             copied=site.copied,
             made_from=site.made_from,
             writable=site.writable,
         )
+
+    def divided(self, site: Site, layer: nn.Module | None) -> float | None:
+        """By what the model has divided the site's tensor in this layer, if it has."""
+        by = 1.0 if site.divided is None else site.divided(self.config, layer)
+        return None if by == 1.0 else by
 
     def sizes(self, axes: list[str], owner: nn.Module, layer: nn.Module | None, part: Part | None) -> dict[str, int]:
         """Sizes of the axes that the map knows."""
@@ -238,7 +244,7 @@ class Binder:
         path, _, operation = target.partition("/")
         if path and find_module(home._module, path) is None:
             return None
-        envoy = home.get(path) if path else home
+        envoy = inside(home, path) if path else home
         if operation and operation not in envoy.source.names:
             raise UnsupportedModel(
                 f"The map for {self.architecture.model_type!r} names the operation {operation!r} inside {envoy.path}, "
@@ -255,6 +261,17 @@ class Binder:
         return envoy, f"{prefix}.{port}", element
 
 
+def verbs_of(scan: Scan) -> Verbs:
+    """The functions of the recurrence that a scan is."""
+    recurrence = recurrence_of(scan.recurrence)
+    if getattr(recurrence, "write_follows_state", False) and not scan.write_follows_state:
+        raise UnsupportedModel(
+            f"{type(scan).__name__} is the recurrence {scan.recurrence!r}, in which what a step writes may depend on "
+            "the state: set write_follows_state = True."
+        )
+    return Verbs(recurrence)
+
+
 def instrumented_first(places: list[tuple[str, str, Envoy, bool]]) -> dict[tuple[str, str], list[Envoy]]:
     """For every site, the modules whose operations must be instrumented before it is asked for.
 
@@ -267,6 +284,14 @@ def instrumented_first(places: list[tuple[str, str, Envoy, bool]]) -> dict[tuple
         inside = [other for other in later if envoy.path.startswith(f"{other.path}.") or (operation and other is envoy)]
         needed[owner, name] = list({other.path: other for other in inside}.values())
     return needed
+
+
+def inside(envoy: Envoy, path: str) -> Envoy:
+    """The envoy of a submodule; nnsight moves those whose name it serves itself on every module (``output``)."""
+    for name in path.split("."):
+        moved = vars(envoy).get(f"E_{name}")
+        envoy = getattr(envoy, name) if moved is None else moved
+    return envoy
 
 
 def axes_of(pattern: str) -> list[str]:

@@ -37,7 +37,8 @@ class Firing:
         tracked: Whether a block wants gradients of what it was handed out.
         gate: The gate; `gated`: whether the operation itself applies one; `gate_taken`: whether it was kept from it.
         y: Scan output before the gate, once the operation has run, and every edit of it.
-        state: Final state, to hand to the model.
+        state: Final state, in the form that the operation returned it.
+        started: Whether a block has given it the state it starts from.
         instead: What stands in for a loop that is skipped.
     """
 
@@ -50,7 +51,7 @@ class Firing:
         self.operands = dict(call.operands)
         self.overrides: dict[str, Tensor] = {}
         self.edits: list[tuple[slice, int, Any]] = []
-        self.when = "before_read"
+        self.when = self.default
         self.knockouts: list[dict[str, Any]] = []
         self.stale = False
         self.tracked = False
@@ -61,6 +62,12 @@ class Firing:
         self.state: Any = None
         self.dtype: Any = None
         self.instead: Any = None
+        self.started = False
+
+    @property
+    def default(self) -> str:
+        """When a state edit comes that does not say when: before whatever reads the state."""
+        return "after_read" if self.scan.reads_before_write else "before_read"
 
     # What goes in -----------------------------------------------------------------------------------------------------
 
@@ -85,10 +92,17 @@ class Firing:
     def start_from(self, state: Tensor) -> None:
         """Let the recurrence go on from a state that the operation itself does not take."""
         self.call.initial_state = state.to(self.call.operands["x"].device)
+        self.started = True
         self.stale = True
 
     def edit(self, rows: slice, position: int, value: Any, when: str) -> None:
         """Add a state edit."""
+        if when == "before_read" and self.scan.reads_before_write:
+            raise BadInput(
+                f"{self.address}.edit_state: y of a position reads the state before the position's own write, so no "
+                'edit of its state can change that y; use when="after_read" (y changes from the next position on), or '
+                "edit the position before."
+            )
         if self.edits and when != self.when:
             raise BadInput(
                 f'{self.address}: state edits with when="{self.when}" and when="{when}" cannot share a run of the scan.'
@@ -131,6 +145,10 @@ class Firing:
         """All h_t."""
         return self.recurrence.states(**self.changes())
 
+    def scale(self) -> Tensor:
+        """The logarithm of the units that the states are in."""
+        return self.recurrence.scale_of(**self.operands)
+
     def iter_states(self, chunk: int) -> Iterator[tuple[int, Tensor]]:
         """(first position, states of a chunk of positions), in bounded memory."""
         return self.recurrence.iter_states(**self.changes(), chunk=chunk)
@@ -143,6 +161,8 @@ class Firing:
                 "was asked for, read it in a run of its own."
             )
         given = {} if channels is None else {"channels": channels}
+        if self.scan.weighs:
+            given["initial_state"] = self.call.initial_state
         return self.recurrence.mixing(**self.operands, **given)
 
     def replay(self) -> tuple[Tensor, Tensor]:
@@ -166,7 +186,7 @@ class Firing:
             self.state = output[1]
         if self.stale:
             y, state = self.replay()
-            self.y = y.to(own.dtype)
+            self.y = y.to(own.dtype).contiguous()  # what is handed out is what the model gets, not a copy
             self.keep(state)
         elif self.tracked:  # only gradients are asked for: the model's own numbers, the replay's derivatives
             y, _ = self.replay()
@@ -197,7 +217,7 @@ class Firing:
             with torch.no_grad():
                 self.call.cache.copy_(state)
         elif self.state is not None:
-            self.state = state.to(self.state.dtype)
+            self.state = self.scan.kept(self.state, state, self.scale()[:, -1] if self.scan.weighs else None)
 
     def packed(self) -> Any:
         """The operation's output as the model takes it, gated as the operation would have."""

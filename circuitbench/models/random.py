@@ -43,7 +43,11 @@ def random_model(
 def spread(name: str, parameter: torch.Tensor) -> None:
     """Move a parameter away from its initial value, by an amount that keeps the model sane."""
     name = name.removesuffix(".0")  # in a list of one
+    if name.endswith("igate_preact.bias"):
+        parameter.zero_()  # from -10, where nothing enters the memory
     if name.endswith((".D", "A_log", "dt_bias")) or parameter.dim() == 1:
         parameter.add_(torch.randn_like(parameter), alpha=0.3 if name.endswith(".D") else 0.1)
+    elif not parameter.any():  # xLSTM's gates would be the same everywhere
+        parameter.normal_(std=parameter.shape[-1] ** -0.5)
     elif parameter.std() < 0.05:
         parameter.mul_(5)

@@ -38,7 +38,6 @@ class ScanRun:
         self.address = address
         self.scan = scan
         self.length = now.length
-        self.decoding = now.decoding
         loop = scan.loop(now)
         self.each_head = loop is not None and loop.each_head
         if loop is None:
@@ -58,21 +57,23 @@ class ScanRun:
             raise self.too_late("its sites were asked for")
         found = {name: self.read(location) for name, location in given.items()}
         beside = {"module": envoy._module, "cache": now.cache}
-        args, kwargs = found[""] if loop is None else ((), {**found, **beside})
+        args, kwargs = found[""] if loop is None else ((), found)
         batcher = worker(self.input).interleaver.batcher
         if not hasattr(batcher, "circuitbench"):
             batcher.circuitbench = {}
         shared, key = batcher.circuitbench, (self.output, self.occurrences[self.output])
         if key not in shared:
-            call = scan.read(args, kwargs, now.decoding)
+            call = scan.read(args, {**kwargs, **beside}, now.decoding)
             shared[key] = Firing(address, scan, recurrence, call, now.decoding)
         self.firing: Any = shared[key]
         if start is not None:
             self.firing.start_from(start)
-        if now.cached and not now.decoding and not scan.continues and self.firing.call.initial_state is None:
+        following = now.cached or self.firing.call.initial_state is not None
+        self.decoding = following and now.length == 1
+        if following and now.length > 1 and not scan.continues and not self.firing.started:
             raise BadInput(
-                f"{address}: {now.length} tokens follow a cached state, and transformers starts this scan from zero "
-                "again; give it one token at a time, the whole sequence without a cache, or use "
+                f"{address}: {now.length} tokens follow a cached state, and transformers starts {scan.restarts} from "
+                "zero again; give it one token at a time, the whole sequence without a cache, or use "
                 "circuitbench.continue_from."
             )
         self.rows = own_rows(self.input, len(self.firing.call.operands["x"]))
@@ -167,6 +168,11 @@ class ScanRun:
         self.merge()
         return self.firing.states()[self.rows]
 
+    def scale(self) -> Tensor:
+        """The logarithm of the units that the states are in."""
+        self.merge()
+        return self.firing.scale()[self.rows]
+
     def iter_states(self, chunk: int) -> Iterator[tuple[int, Tensor]]:
         """(first position, states of a chunk of positions), in bounded memory."""
         self.merge()
@@ -174,8 +180,9 @@ class ScanRun:
             yield start, states[self.rows]
             del states  # not two chunks at a time
 
-    def edit(self, edits: dict[int, Any], when: str) -> None:
+    def edit(self, edits: dict[int, Any], when: str | None) -> None:
         """Register state edits, by position."""
+        when = self.firing.default if when is None else when
         if when not in ("before_read", "after_read"):
             raise BadInput(f'when= is "before_read" or "after_read", not {when!r}.')
         self.before("the state was edited")

@@ -151,6 +151,7 @@ class Spot:
         sizes: dict[str, int],
         index: int | None,
         scale: float | None,
+        divided: float | None,
         trim: bool,
         in_place: bool,
         copied: bool,
@@ -167,6 +168,7 @@ class Spot:
         self.sizes = sizes
         self.index = index
         self.scale = scale
+        self.divided = divided
         self.trim = trim
         self.in_place = in_place
         self.copied = copied
@@ -230,6 +232,10 @@ class Spot:
         """Axis sizes for einops, the length of this visit among them where tokens are flattened."""
         return {**self.sizes, "t": now.length} if now is not None and "(b t" in self.raw else self.sizes
 
+    def factor(self) -> float | None:
+        """What the tensor is multiplied by to be the site."""
+        return self.scale if self.divided is None or self.envoy._module.training else self.divided
+
     def to_canonical(self, raw: Tensor, now: Visit | None) -> Tensor:
         """The whole batch in the canonical layout: a view of `raw` wherever that is possible."""
         if self.raw != self.canonical:
@@ -238,12 +244,14 @@ class Spot:
             raw = raw[self.index]
         if self.trim and now is not None:
             raw = raw[:, -now.length :]
-        return raw if self.scale is None else raw * self.scale
+        factor = self.factor()
+        return raw if factor is None else raw * factor
 
     def to_raw(self, value: Tensor, raw: Tensor, now: Visit | None) -> Tensor:
         """`raw` with the canonical `value` (whole batch) put where it came from."""
-        if self.scale is not None:
-            value = value / self.scale
+        factor = self.factor()
+        if factor is not None:
+            value = value / factor
         whole = raw
         if self.raw != self.canonical:
             whole = rearrange(raw, f"{self.raw} -> {self.canonical}", **self.known(now))
@@ -294,7 +302,7 @@ class Spot:
             if changed:
                 self.check_lasting(raw, now)
             new = self.to_raw(splice(whole, rows, view), raw, now)
-            if not changed and self.scale is not None:
+            if not changed and self.factor() is not None:
                 new = raw.detach() + (new - new.detach())  # dividing and multiplying again would lose a bit
             self.put(location, value, raw, new)
 
@@ -317,7 +325,7 @@ class Spot:
             return  # writing back what is there changes nothing, to the last bit
         self.check_lasting(raw, now)
         new = self.to_raw(splice(whole, rows, value), raw, now)
-        if self.scale is not None and torch.equal(value, whole[rows]):
+        if self.factor() is not None and torch.equal(value, whole[rows]):
             new = raw.detach() + (new - new.detach())  # only a gradient is new; dividing again would lose a bit
         self.put(location, held, raw, new)
 

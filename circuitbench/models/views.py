@@ -71,6 +71,8 @@ class Verbs:
     def __init__(self, recurrence: Any) -> None:
         for verb in ("forward", "states", "iter_states", "decay_of", "write_of", "mixing", "knockout"):
             setattr(self, verb, getattr(recurrence, verb))
+        if hasattr(recurrence, "scale_of"):  # where states are held in units of their own
+            self.scale_of = recurrence.scale_of
 
 
 class SSMView(PartView):
@@ -130,6 +132,8 @@ class SSMView(PartView):
             return self._spots[name].get()
         if kind == "state":
             return self._run().states()
+        if kind == "scale":
+            return self._run().scale()
         if kind == "y":
             return self._run().take_y()
         if kind == "gate":
@@ -150,6 +154,10 @@ class SSMView(PartView):
             raise ReadOnlySite(
                 f"{self._address}.state cannot be assigned; change it with "
                 f"{self._address}.edit_state({{position: tensor or function}})."
+            )
+        elif kind == "scale":
+            raise ReadOnlySite(
+                f"{self._address}.scale cannot be assigned: it follows from the gates or keys; write those, or decay."
             )
         elif kind in ("mixing", "mixing by channel"):
             raise ReadOnlySite(
@@ -172,7 +180,10 @@ class SSMView(PartView):
         return self._run().mixing(channels)
 
     def edit_state(
-        self, edits: dict[int, Tensor | Callable[[Tensor], Tensor]], when: str = "before_read", states: bool = True
+        self,
+        edits: dict[int, Tensor | Callable[[Tensor], Tensor]],
+        when: str | None = None,
+        states: bool = True,
     ) -> Tensor | None:
         """Change the recurrent state at some positions; every later position follows.
 
@@ -180,7 +191,8 @@ class SSMView(PartView):
             edits: Position in this forward (as padded; negative ones count from the end) -> the new h_t, or a function
                 from h_t to it.
             when: ``"before_read"``: y_t is read from the changed state. ``"after_read"``: y_t keeps what it read, and
-                what the next position (or the cache) receives is changed.
+                what the next position (or the cache) receives is changed. Default: before whatever reads h_t, which is
+                ``"before_read"`` but for RWKV-4: its y_t reads h_{t-1}, so that there is ``"after_read"`` alone.
             states: Whether to return all states of this forward, edits included.
 
         Returns:

@@ -23,6 +23,7 @@ from .checks.report import CheckReport, Row
 from .checks.scans import check_scans, check_states
 from .checks.sites import check_edits, check_identities, check_reading
 
+LEFT_OUT = 2  # tokens
 SMALL = 30_000_000  # parameters; at a dozen tokens, one thread is then as fast as several
 
 
@@ -169,10 +170,15 @@ def check_forward(live: Live) -> None:
 
 
 def check_padding(live: Live) -> None:
-    """The shorter prompt's logits are those it has alone."""
+    """The shorter prompt's logits are those it has alone; or padding does leak into them, where it is refused."""
     long, short = live.lengths
-    if long == short:
-        live.unverified("model", "padding is inert", "this model's prompts have to be of one length")
+    if long == short and live.weights_here:
+        ids, mask = live.inputs["input_ids"], torch.ones_like(live.inputs["input_ids"])
+        mask[:, :LEFT_OUT] = 0
+        padded = live.own_logits({"input_ids": ids, "attention_mask": mask})[:, LEFT_OUT:]
+        alone = live.own_logits({"input_ids": ids[:, LEFT_OUT:]})
+        advice = "Padding changes nothing in this model, so that it need not be refused (models.prompts.padding_leak)."
+        live.note_movement("model", "padding moves the logits, and is refused", relative(padded, alone), advice)
     elif live.weights_here:
         padded = live.own_logits(live.inputs)[1:, -short:]
         alone = live.own_logits({"input_ids": live.inputs["input_ids"][1:, -short:]})

@@ -135,7 +135,7 @@ class Live:
         owner, name = owner_of(self.model, address)
         scan = vars(owner).get("_scan_sites", {}).get(name)
         if scan is not None:
-            return "read only" if scan == "state" or scan.startswith("mixing") else "scan"
+            return "read only" if scan in ("state", "scale") or scan.startswith("mixing") else "scan"
         spot = vars(owner).get("_spots", vars(owner).get("_roots"))[name]
         return "spot" if getattr(spot, "writable", True) else "read only"
 

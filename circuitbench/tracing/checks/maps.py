@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...architectures.base import LAYER, Architecture, Site, find_module, find_part
 from ...errors import UnsupportedModel
 from ...models.attention_view import OPERATION
-from ...models.binding import Binder
+from ...models.binding import Binder, inside
 from .report import Row
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def lacking(
         try:
             place = binder.place(at, home)
         except UnsupportedModel:
-            return no_operation(operation, home.get(module) if module else home)
+            return no_operation(operation, inside(home, module) if module else home)
         # Experts and a plain MLP may stand at the same path: each then has sites that the other lacks.
         shared = any(name != owner and found[name] == found[owner] for name in found)
         if place is None and not shared:
@@ -124,7 +124,7 @@ def lacking_operation(binder: Binder, architecture: Architecture, index: int, na
         if module and find_module(envoy._module, module) is None:
             hint = f" (an operation is written '/{module}')" if module in envoy.source.names else ""
             return f"There is no module {module!r} in {envoy.path}{hint}"
-        home = envoy.get(module) if module else envoy
+        home = inside(envoy, module) if module else envoy
         if operation and operation not in home.source.names:
             return no_operation(operation, home)
     return ""
