@@ -139,7 +139,7 @@ def rotations(
         longer = 2 * config.max_position_embeddings / config.orig_max_position_embeddings - 1
         base = base * longer ** (width / (width - 2))
     even = torch.arange(0, width, 2, dtype=torch.int64, device=positions.device).float()
-    angles = positions[:, None, :, None].float() / base ** (even / width)
+    angles = positions[:, None, :, None].float() * (1.0 / base ** (even / width))
     angles = torch.cat([angles, angles], -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
