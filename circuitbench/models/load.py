@@ -30,7 +30,7 @@ from .binding import Binder
 from .id_tokenizer import id_tokenizer
 from .model import Model
 from .random import random_model
-from .rwkv7 import pth
+from .rwkv7 import RwkvTokenizer, pth
 
 # The maps name operations inside transformers' code; these are the versions they were checked on.
 TRANSFORMERS = ((5, 22), (5, 24))
@@ -152,6 +152,8 @@ def tokenizer_of(tokenizer: PreTrainedTokenizerBase | str | None) -> PreTrainedT
     Raises:
         BadInput: If there is none of that name, or it is none.
     """
+    if isinstance(tokenizer, str) and tokenizer.endswith(".txt"):
+        return RwkvTokenizer(tokenizer)
     if isinstance(tokenizer, str):
         try:
             return AutoTokenizer.from_pretrained(tokenizer)
@@ -232,7 +234,7 @@ def from_name(
                 hf = AutoModelForCausalLM.from_config(config, **settings)
             hf.name_or_path = name
         else:
-            hf = AutoModelForCausalLM.from_pretrained(name, revision=revision, **settings)
+            hf = from_folder(name, revision, settings)
     except (OSError, HFValidationError) as error:
         raise BadInput(
             f"Could not load {name!r}: it is no local folder, and the Hub did not provide it "
@@ -240,6 +242,24 @@ def from_name(
             f'"zoo:<name>" ({", ".join(zoo.names())}), or "random:<model_type>".'
         ) from error
     return hf, tokenizer or own_tokenizer(name, revision)
+
+
+def from_folder(name: str, revision: str | None, settings: dict[str, Any]) -> PreTrainedModel:
+    """transformers' model with the weights of a folder or of a Hub repository.
+
+    Raises:
+        UnsupportedModel: If some of its weights are not there; transformers would make them up.
+    """
+    found: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision, output_loading_info=True, **settings)
+    hf, report = found
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        instead = f", but {unexpected[0]}" if unexpected else ""
+        raise UnsupportedModel(
+            f"{name!r} lacks {len(missing)} of the weights that a {type(hf).__name__} of its config.json has, which "
+            f"would then be random: {missing[0]}{' …' if len(missing) > 1 else ''} is not there{instead}."
+        )
+    return hf
 
 
 def read_config(name: str, revision: str | None) -> PretrainedConfig:

@@ -6,12 +6,14 @@ for configuration and weights, so that the same folders load, and reads the auth
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .configuration import RWKV7Config
 from .modeling import RWKV7ForCausalLM
+from .tokenizer import RwkvTokenizer
 
 AutoConfig.register(RWKV7Config.model_type, RWKV7Config, exist_ok=True)
 AutoModelForCausalLM.register(RWKV7Config, RWKV7ForCausalLM, exist_ok=True)
+AutoTokenizer.register(RWKV7Config, slow_tokenizer_class=RwkvTokenizer, exist_ok=True)
 
-__all__ = ["RWKV7Config", "RWKV7ForCausalLM"]
+__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RwkvTokenizer"]
