@@ -1,4 +1,4 @@
-"""LFM2 (Liquid AI, arXiv:2511.23404): gated short convolutions in most layers, attention in the rest; MLP or experts.
+"""LFM2 and LFM3 (Liquid AI, arXiv:2511.23404): gated short convolutions in most layers, attention in the rest.
 
 A convolution layer has no recurrent state, so its part is ``conv``, not ``ssm``: ``conv.out`` is out_proj(C·y), where y
 at each position weighs the last few B·x. Both gates act as they are, without an activation.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Architecture, Part, Site
+from .base import LAYER, Architecture, Part, Site
 from .blocks import attention, attention_part, mlp, moe_part, resid_mid, resid_post, resid_pre
 
 THIRD = "b t (s d_model) -> s b t d_model"
@@ -25,8 +25,9 @@ TINY: dict[str, Any] = {
 }
 
 
-def lfm2_like(model_type: str, experts: bool, **random_config: Any) -> Architecture:
-    """Norm, short convolution or attention, norm, MLP or experts."""
+def lfm2_like(model_type: str, experts: bool = False, normed: bool = False, **random_config: Any) -> Architecture:
+    """Norm, short convolution or attention, norm, MLP or experts; with `normed`, norms after the branches as well."""
+    out = Site("post_operator_norm:output", base=LAYER) if normed else Site(":output")
     return Architecture(
         model_type=model_type,
         layers="model.layers",
@@ -49,10 +50,14 @@ def lfm2_like(model_type: str, experts: bool, **random_config: Any) -> Architect
                 trim=True,
             ),
             "conv.gated": Site("out_proj:input"),
-            "conv.out": Site(":output"),
-            **attention(heads="out_proj"),
+            "conv.out": out,
+            **attention(out, heads="o_proj" if normed else "out_proj"),
             **resid_mid("ffn_norm"),
-            **mlp("w2", router="gate" if experts else None),
+            **mlp(
+                "w2",
+                out=Site("post_ffn_norm:output", base=LAYER) if normed else None,
+                router="gate" if experts else None,
+            ),
             **resid_post(),
         },
         final_norm="model.embedding_norm",
@@ -60,7 +65,15 @@ def lfm2_like(model_type: str, experts: bool, **random_config: Any) -> Architect
     )
 
 
-LFM2 = lfm2_like("lfm2", experts=False, block_auto_adjust_ff_dim=False)
+LFM2 = lfm2_like("lfm2", block_auto_adjust_ff_dim=False)
 LFM2_MOE = lfm2_like(
     "lfm2_moe", experts=True, num_dense_layers=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+)
+LFM3 = lfm2_like(
+    "lfm3",
+    normed=True,
+    head_dim=8,
+    sliding_window=8,
+    num_hidden_layers=4,
+    layer_types=["conv", "full_attention", "conv", "sliding_attention"],
 )
