@@ -6,7 +6,7 @@ there is a site, and the tensors have its layout without the axis of positions:
     layers.3.ssm.state        the recurrent state
     layers.3.ssm.scale        the logarithm of the unit it is held in, where there is one (RWKV-4, xLSTM)
     layers.3.ssm.conv_state   the last inputs of the short convolution, (b, k, channels)
-    layers.3.ssm.shift        the last input of the token shift (RWKV); that of the feed-forward is layers.3.mlp.shift
+    layers.3.ssm.shift        the last input of the token shift (RWKV), (b, d_model); layers.3.mlp.shift: the other one
     layers.1.attn.k, .v       cached keys (as they are compared: after a rotary embedding) and values, (b, t, kv, p)
 
 Travels to remote servers by value (see `events`).
@@ -93,14 +93,14 @@ class CacheKind:
                 pair = [tensors[f"layers.{index}.attn.{part}"].transpose(1, 2).contiguous() for part in ("k", "v")]
                 layer.lazy_initialization(*pair)
                 layer.keys, layer.values = pair
-                if hasattr(layer, "cumulative_length"):  # of a sliding window, which forgets what has left it
-                    layer.cumulative_length = columns
             elif kind == "state":
                 layer.update_recurrent_state(value, number)
                 layer.has_previous_state[number] = True
             elif kind == "conv_state":
                 layer.has_previous_state[number] = False  # else the cache takes it for more tokens
                 layer.update_conv_state(value.transpose(1, 2).contiguous(), number)
+            if hasattr(layer, "cumulative_length"):  # one that cannot tell it from what it holds
+                layer.cumulative_length = columns
 
 
 class CacheParams(CacheKind):
@@ -138,6 +138,32 @@ class MiniMaxKind(CacheKind):
         for name, value in states.items():
             cache.set_linear_cache(split(name)[0], value.transpose(-1, -2).contiguous())
         CacheKind.write(self, hf, cache, {n: v for n, v in tensors.items() if n not in states}, columns)
+
+
+class RWKV7Kind(CacheKind):
+    """Our RWKV-7: the last inputs of its token shifts are where others have those of a convolution."""
+
+    def read(self, hf: Any, cache: Any) -> dict[str, Tensor]:
+        """As in `CacheKind`."""
+        found: dict[str, Tensor] = {}
+        for name, value in CacheKind.read(self, hf, cache).items():
+            index, part, site = split(name)
+            if site.startswith("conv_state"):
+                name = f"layers.{index}.{part if site == 'conv_state' else 'mlp'}.shift"
+                value = value.squeeze(1)
+            found[name] = value
+        return found
+
+    def write(self, hf: Any, cache: Any, tensors: dict[str, Tensor], columns: int) -> None:
+        """As in `CacheKind`."""
+        named: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            index, part, site = split(name)
+            if site == "shift":
+                name = numbered(f"layers.{index}.{self.parts[index]}.conv_state", int(part == "mlp"))
+                value = value.unsqueeze(1)
+            named[name] = value
+        CacheKind.write(self, hf, cache, named, columns)
 
 
 class XlstmCache:

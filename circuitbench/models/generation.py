@@ -9,9 +9,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BadInput
+from .guards import REORDERED
 from .jobs import Pending, check_place
 from .lock import lock_of
-from .prompts import check_length, check_padding, encode
+from .prompts import Batch, check_length, check_padding, encode, padding_leak
+from .starting import Start
+from .state import (
+    State,
+    advanced,
+    by_length,
+    by_row,
+    check_fits,
+    fitted,
+    kind_of,
+    limits,
+    picked,
+    started,
+    starting_from,
+)
 
 if TYPE_CHECKING:
     from .model import Model
@@ -28,10 +43,14 @@ def generate_text(
     top_p: float | None = None,
     num_beams: int = 1,
     seed: int | None = None,
+    state: State | None = None,
     remote: bool | str = False,
     blocking: bool = True,
 ) -> Any:
     """Continue prompts.
+
+    Where transformers' own steps leave out the limits of dt (Zamba2, Nemotron-H), they are applied here: what is
+    generated follows from the prompt as from a run of the whole sequence.
 
     Args:
         model: The model.
@@ -41,6 +60,7 @@ def generate_text(
         top_k, top_p: Sample from the `top_k` most likely tokens, from the smallest set with probability `top_p`.
         num_beams: More than 1 searches that many beams.
         seed: Of the sampling.
+        state: What the prompts follow, from `run_prefix`: of one prompt, or of as many as there are prompts.
         remote: ``True``, ``"local"`` or a server's address: where to run.
         blocking: ``False`` sends the run to the server and returns at once: a `Pending`.
 
@@ -72,23 +92,92 @@ def generate_text(
     if num_beams > 1:
         settings["num_beams"] = num_beams
     check_place(model, remote, blocking)
-    batch = encode(model, prompts)
-    check_padding(model, batch)
-    longest = batch.input_ids.shape[1] + max_new_tokens
+    if num_beams > 1 and remote not in (False, "local") and model.hf.config.model_type in REORDERED:
+        raise BadInput(
+            f"transformers on the server does not reorder the states of {model.hf.config.model_type} with the beams; "
+            "leave num_beams at 1, or search beams here with remote=False."
+        )
+    batch = encode(model, prompts, special_tokens=state is None)
+    if state is not None:
+        check_fits(model, state)
+        state = fitted(state, len(batch.input_ids))
+    before = 0 if state is None else state.lengths
+    longest = int((batch.lengths + before).max()) + max_new_tokens
     check_length(model, longest, f"With max_new_tokens={max_new_tokens}, the longest prompt becomes")
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    groups = together(model, batch, state)
+    if len(groups) > 1 and not blocking:
+        raise BadInput(
+            f"These prompts cannot run in one batch of {model.hf.config.model_type}; leave blocking=True, or send them "
+            "one by one."
+        )
+    runs = []
+    for rows in groups:
+        part, after = picked(batch, rows), None if state is None else state.rows(rows)
+        if after is not None:
+            part, after = all_but_last(model, part, after, remote)
+        runs.append(generated(model, part, after, settings, seed, remote, blocking))
+    single = is_single(prompts)
 
     def finish(values: list[dict[str, Any]]) -> str | list[str]:
         """Ids as text."""
-        texts = [decode(model, row[batch.input_ids.shape[1] :].tolist()) for row in values[0]["ids"]]
-        return texts[0] if is_single(prompts) else texts
+        texts = [""] * len(batch.input_ids)
+        for rows, (width, _), value in zip(groups, runs, values, strict=True):
+            for row, ids in zip(rows, value["ids"], strict=True):
+                texts[row] = decode(model, ids[width:].tolist())
+        return texts[0] if single else texts
 
-    with lock_of(model), torch.no_grad(), forked(seed):
+    return finish([{"ids": ids} for _, ids in runs]) if blocking else Pending([sent for _, sent in runs], finish)
+
+
+def together(model: Model, batch: Batch, state: State | None) -> list[list[int]]:
+    """Which prompts run in one batch: all, but where padding or other prompts would change them."""
+    if by_row(model):
+        return [[row] for row in range(len(batch.input_ids))]
+    if state is None:
+        check_padding(model, batch)
+    elif padding_leak(model):
+        return by_length(batch.lengths + state.lengths)
+    return [list(range(len(batch.input_ids)))]
+
+
+def all_but_last(model: Model, batch: Batch, state: State, remote: bool | str) -> tuple[Batch, State]:
+    """Whole prompts, and the state before their last tokens, which transformers can go on from token by token."""
+    longer = [row for row, length in enumerate(batch.lengths.tolist()) if length > 1]
+    last = batch.input_ids[:, -1:]
+    if longer:
+        ids, mask = (value[longer, :-1] for value in (batch.input_ids, batch.attention_mask))
+        state = advanced(model, state, Batch(ids, mask), longer, remote)
+    ids, mask = torch.cat([state.input_ids, last], 1), torch.cat([state.attention_mask, torch.ones_like(last)], 1)
+    return Batch(ids, mask), state
+
+
+def generated(
+    model: Model,
+    batch: Batch,
+    state: State | None,
+    settings: dict[str, Any],
+    seed: int | None,
+    remote: bool | str,
+    blocking: bool,
+) -> tuple[int, Any]:
+    """One batch: how wide the prompts are, and the ids (or, not blocking, the backend that will have them)."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    start: Any = None
+    if state is not None:
+        start = starting_from(model, state, 1)
+    elif limited := limits(model):
+        start = Start(kind_of(model), None, batch.attention_mask, 0, False, False, [], limited)
+    with (
+        lock_of(model),
+        torch.no_grad(),
+        forked(seed),
+        contextlib.nullcontext() if start is None else started(model, start),
+    ):
         with model.generate(**inputs, **settings, remote=remote, blocking=blocking) as tracer:
             if seed is not None:
                 torch.manual_seed(seed)  # in the block, so that it happens where the model runs
             ids = tracer.result.save()
-    return finish([{"ids": ids}]) if blocking else Pending([tracer.backend], finish)
+    return batch.input_ids.shape[1], ids if blocking else tracer.backend
 
 
 def is_single(prompts: Prompts) -> bool:

@@ -23,8 +23,8 @@ from transformers import (
 from ..architectures import ARCHITECTURES, Architecture, architecture_of, language_model_type
 from ..architectures.base import find_module
 from ..errors import BadInput, UnsupportedModel, VersionMismatch
+from . import guards, kernels, raw_checkpoints, remote, zoo
 from . import hymba as _hymba  # noqa: F401 (makes itself known to transformers' Auto classes)
-from . import kernels, raw_checkpoints, remote, zoo
 from . import rwkv7 as _rwkv7  # noqa: F401 (as above)
 from .binding import Binder
 from .id_tokenizer import id_tokenizer
@@ -79,7 +79,8 @@ def load_model(
 
     Returns:
         The model, in eval mode, its attention set to ``eager`` so that ``attn.pattern`` can be read. Both are done to
-        the ``PreTrainedModel`` you hold, too.
+        the ``PreTrainedModel`` you hold, too, and its forward refuses what transformers would compute wrongly without a
+        word (see `guards`).
 
     Raises:
         UnsupportedModel: If there is no map for the family, or the checkpoint cannot be represented.
@@ -89,6 +90,7 @@ def load_model(
     """
     hf, tokenizer = prepared(source, tokenizer, device, dtype, revision, remote)
     kernels.fit(hf)
+    guards.put_on(hf)
     return bind(nnsight_model(hf, tokenizer, revision), architecture_of(hf.config))
 
 

@@ -86,7 +86,7 @@ class Model:
         Args:
             prompts: A string, a list of strings, or token ids.
             **settings: ``max_new_tokens=20``, ``temperature=0.0``, ``top_k``, ``top_p``, ``num_beams``, ``seed``,
-                ``remote``, ``blocking`` (see `models.generation.generate_text`).
+                ``state``, ``remote``, ``blocking`` (see `models.generation.generate_text`).
 
         Returns:
             The continuation without the prompt; a list for a list of prompts.

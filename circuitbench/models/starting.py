@@ -15,6 +15,7 @@ import torch
 
 from .caches import blocks_of
 from .events import every_forward, read_whole, worker, write_whole
+from .spots import instrument, visit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,22 +133,24 @@ def visible(mask: Tensor, length: int, hf: Any) -> Tensor:
 def go_on(model: Model, start: Start) -> None:
     """Several tokens follow: what transformers starts again from zero goes on from the state."""
     tensors = start.tensors or {}
+    blocks = {} if start.kind.together else blocks_of(model.nn._module)
     for layer, part in start.restarted:
-        getattr(model.layers[layer], part)._run(tensors[f"layers.{layer}.{part}.state"])
-    if not start.kind.together:
-        for layer, block in blocks_of(model.nn._module).items():
-            path = f"{model.layers[layer].envoy.path}.temporal_block.conv_1d"
-            go_on_convolving(path, block, tensors[f"layers.{layer}.{start.kind.parts[layer]}.conv_state"])
+        view = getattr(model.layers[layer], part)
+        if layer in blocks:
+            instrument(view._instrument, view._address)
+            visit(view._envoy, view._address, view._continues)  # its beginning comes before the convolution
+            go_on_convolving(view._envoy.path, blocks[layer], tensors[f"layers.{layer}.{part}.conv_state"])
+        view._run(tensors[f"layers.{layer}.{part}.state"])
 
 
 def go_on_convolving(path: str, block: Any, before: Tensor) -> None:
     """RecurrentGemma's convolution gets the inputs before these instead of zeros; its output moves along."""
-    args, kwargs = read_whole(f"{path}.input")
+    args, kwargs = read_whole(f"{path}.conv_1d.input")
     before = before.transpose(1, 2).to(args[0])
     inputs = torch.cat([before, args[0]], -1)
-    write_whole(f"{path}.input", ((inputs,), kwargs))
-    output = read_whole(f"{path}.output")
-    write_whole(f"{path}.output", output[..., before.shape[-1] :])
+    write_whole(f"{path}.conv_1d.input", ((inputs,), kwargs))
+    output = read_whole(f"{path}.conv_1d.output")
+    write_whole(f"{path}.conv_1d.output", output[..., before.shape[-1] :])
     block.conv1d_state = inputs[..., -before.shape[-1] :]
 
 

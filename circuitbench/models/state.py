@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import BadInput, SiteNotFound, UnsupportedModel, VersionMismatch
-from .caches import CacheKind, CacheParams, MiniMaxKind, RecurrentGemmaKind, RwkvKind, XlstmKind
+from .caches import CacheKind, CacheParams, MiniMaxKind, RecurrentGemmaKind, RWKV7Kind, RwkvKind, XlstmKind
 from .jobs import check_place
 from .lock import lock_of
 from .prompts import encode, padding_leak, takes_position_ids
@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from .prompts import Batch, Prompts
 
 FORMAT = "1"  # of the files
-KINDS = {"minimax": MiniMaxKind, "xlstm": XlstmKind, "recurrent_gemma": RecurrentGemmaKind, "rwkv": RwkvKind}
+KINDS = {
+    "minimax": MiniMaxKind,
+    "xlstm": XlstmKind,
+    "recurrent_gemma": RecurrentGemmaKind,
+    "rwkv": RwkvKind,
+    "rwkv7": RWKV7Kind,
+}
 NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 TOKENS, MASK = "input_ids", "attention_mask"
 
@@ -140,9 +146,20 @@ class State(Mapping[str, "Tensor"]):
 
     def rows(self, rows: Sequence[int]) -> State:
         """A copy with some of the prompts, in this order, as often as they are named."""
+        count = len(self.input_ids)
+        if not len(rows) or not all(isinstance(row, int) and -count <= row < count for row in rows):
+            raise BadInput(f"rows={list(rows)!r}; this state has prompts 0 to {count - 1}, name at least one of them.")
         index = torch.tensor(list(rows), dtype=torch.long)
         tensors = {name: value[index.to(value.device)] for name, value in self._tensors.items()}
-        return State(tensors, self.input_ids[index], self.attention_mask[index], dict(self.about))
+        mask = self.attention_mask[index]
+        empty = int(mask.shape[1] - mask.sum(1).max())
+        if empty:  # columns that are padding in all of them
+            held = [mask.shape[1], *(value.shape[1] for name, value in tensors.items() if is_cached(name))]
+            tensors = {
+                name: value[:, -(max(held) - empty) :].clone() if is_cached(name) else value
+                for name, value in tensors.items()
+            }
+        return State(tensors, self.input_ids[index][:, empty:], mask[:, empty:], dict(self.about))
 
     def repeat(self, times: int) -> State:
         """A copy with every prompt `times` times in a row, to go on from each in several ways."""
@@ -234,6 +251,32 @@ def prefix(model: Model, kind: CacheKind, batch: Batch, remote: bool | str) -> S
     return State(found, batch.input_ids, batch.attention_mask, about(model))
 
 
+def advanced(model: Model, state: State, batch: Batch, rows: list[int], remote: bool | str) -> State:
+    """The state after some more tokens of some of its prompts (those `rows`); the others stay where they are."""
+    groups = [[row] for row in range(len(rows))] if by_row(model) else by_length(batch.lengths)
+    states, order = [], []
+    for group in groups:
+        part, before = picked(batch, group), state.rows([rows[row] for row in group])
+        start = starting_from(model, before, part.input_ids.shape[1])
+        with lock_of(model), torch.no_grad(), started(model, start):
+            with model.trace(input_ids=part.input_ids, use_cache=True, remote=remote):
+                found = nnsight.save(taken(model, start))
+        states.append(followed(before, part, found))
+        order.append([rows[row] for row in group])
+    rest = [row for row in range(len(state.input_ids)) if row not in rows]
+    if rest:
+        states.append(state.rows(rest))
+        order.append(rest)
+    return in_order(states, order)
+
+
+def followed(state: State, batch: Batch, tensors: dict[str, Tensor]) -> State:
+    """The state of what a state's prompts and a batch of suffixes make together."""
+    ids = torch.cat([state.input_ids, batch.input_ids], 1)
+    mask = torch.cat([state.attention_mask, batch.attention_mask], 1)
+    return State(tensors, ids, mask, dict(state.about))
+
+
 @contextlib.contextmanager
 def started(model: Model, start: Start) -> Iterator[None]:
     """Let the runs inside the block start from a state, before every other block of theirs."""
@@ -286,6 +329,11 @@ def limits(model: Model) -> list[tuple[int, str, float, float]]:
     return found
 
 
+def by_row(model: Model) -> bool:
+    """Whether one token that follows a cached past has to come without others beside it in the batch."""
+    return KINDS.get(model.hf.config.model_type, CacheKind).by_row
+
+
 def kind_of(model: Model) -> CacheKind:
     """The adapter for a model's cache.
 
@@ -306,6 +354,23 @@ def kind_of(model: Model) -> CacheKind:
     raise UnsupportedModel(
         f"{type(hf).__name__}.forward takes neither past_key_values nor cache_params, so circuitbench does not know "
         "where it keeps its state between two forwards; run the whole sequence at once."
+    )
+
+
+def fitted(state: State, count: int) -> State:
+    """A state for this number of suffixes.
+
+    Raises:
+        BadInput: If it is of another number of prompts, and not of one.
+    """
+    rows = len(state.input_ids)
+    if rows == count:
+        return state
+    if rows == 1:
+        return state.repeat(count)
+    raise BadInput(
+        f"The state is of {rows} prompts, and there {'is 1 suffix' if count == 1 else f'are {count} suffixes'}; give "
+        f"{rows}, one for each, or a state of one prompt (state.rows([0])), which all suffixes follow."
     )
 
 
@@ -341,9 +406,14 @@ def in_order(states: list[State], groups: list[list[int]]) -> State:
     return whole if order == sorted(order) else whole.rows([order.index(row) for row in range(len(order))])
 
 
+def is_cached(name: str) -> bool:
+    """Whether a tensor has an axis of positions (keys and values), left-padded as the prompts."""
+    return name.endswith((".attn.k", ".attn.v"))
+
+
 def left_padded(values: list[Tensor], name: str) -> list[Tensor]:
     """Tensors of several batches that can be put together: keys and values get columns of padding in front."""
-    if not name.endswith((".attn.k", ".attn.v")):
+    if not is_cached(name):
         return values
     wide = max(value.shape[1] for value in values)
     return [torch.cat([v.new_zeros(v.shape[0], wide - v.shape[1], *v.shape[2:]), v], 1) for v in values]

@@ -10,12 +10,22 @@ import nnsight
 import torch
 import torch.nn.functional as F
 
-from ..errors import BadInput
 from ..models.jobs import check_place
 from ..models.lock import lock_of
 from ..models.prompts import Batch, check_length, encode
 from ..models.starting import taken
-from ..models.state import State, by_length, check_fits, in_order, kind_of, picked, started, starting_from
+from ..models.state import (
+    State,
+    by_length,
+    by_row,
+    check_fits,
+    fitted,
+    followed,
+    in_order,
+    picked,
+    started,
+    starting_from,
+)
 from .addresses import resolve
 from .apply import run_plan
 from .forward import planned
@@ -81,7 +91,7 @@ def continue_from(
     check_length(model, longest, "With this suffix, the longest prompt has")
     # Suffixes of one length run together: padding between a state and what follows it would be a part of the prompt.
     groups = by_length(batch.lengths)
-    if kind_of(model).by_row:
+    if by_row(model):
         groups = [one for rows in groups for one in ([[r] for r in rows] if batch.lengths[rows[0]] == 1 else [rows])]
     plan, plain = planned(model, interventions, asked), planned(model, (), ())
     pieces, states, moved = [], [], 0.0
@@ -106,23 +116,6 @@ def continue_from(
     )
 
 
-def fitted(state: State, count: int) -> State:
-    """A state for this number of suffixes.
-
-    Raises:
-        BadInput: If it is of another number of prompts, and not of one.
-    """
-    rows = len(state.input_ids)
-    if rows == count:
-        return state
-    if rows == 1:
-        return state.repeat(count)
-    raise BadInput(
-        f"The state is of {rows} prompts, and there {'is 1 suffix' if count == 1 else f'are {count} suffixes'}; give "
-        f"{rows}, one for each, or a state of one prompt (state.rows([0])), which all suffixes follow."
-    )
-
-
 def ran(
     model: Model, state: State, batch: Batch, plan: list[tuple[str, list[Any], bool]], remote: bool | str
 ) -> tuple[dict[str, Tensor], State]:
@@ -134,11 +127,7 @@ def ran(
         with model.trace(input_ids=batch.input_ids, use_cache=True, remote=remote):
             found = nnsight.save(run_plan(model, plan, columns))
             after = nnsight.save(taken(model, start))
-    ids, mask = (
-        torch.cat(pair, 1)
-        for pair in ((state.input_ids, batch.input_ids), (state.attention_mask, batch.attention_mask))
-    )
-    return found, State(after, ids, mask, dict(state.about))
+    return found, followed(state, batch, after)
 
 
 def suffix_columns(model: Model, state: State, batch: Batch) -> Columns:

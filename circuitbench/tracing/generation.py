@@ -43,8 +43,8 @@ def generate_text(
         model: The model.
         prompts: What to continue (see `models.prompts.encode`).
         interventions: What to change.
-        **settings: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``num_beams``, ``seed``, ``remote``,
-            ``blocking``: as in `Model.generate_text`.
+        **settings: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``num_beams``, ``seed``, ``state``,
+            ``remote``, ``blocking``: as in `Model.generate_text`.
 
     Returns:
         The continuation without the prompt; a list for a list of prompts.
