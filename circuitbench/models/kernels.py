@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 
 from ..errors import KernelMismatch
@@ -36,7 +37,7 @@ KERNEL_FUNCTIONS = (
     "chunk_kimi_delta_attention",
     "recurrent_kimi_delta_attention",
 )
-MARK = "circuitbench"
+MARK, HOOKED = "circuitbench", "circuitbench_gradients"
 
 
 def modeling_module(hf: PreTrainedModel) -> Any:
@@ -85,6 +86,22 @@ def fit(hf: PreTrainedModel) -> None:
             "model is on the CPU; call circuitbench.models.kernels.use_torch_kernels(hf_model), or move it to a GPU."
         )
     use_fast_s6(hf)
+
+
+def allow_gradients(hf: PreTrainedModel) -> None:
+    """RWKV-4 keeps no cache where gradients are wanted and nobody asks for one.
+
+    transformers makes one for every forward in eval mode, and writes it into tensors that the backward needs.
+    """
+    if hf.config.model_type != "rwkv" or hasattr(hf, HOOKED):
+        return
+
+    def without_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        asked = kwargs.get("use_cache") is not None or kwargs.get("state") is not None
+        return args, kwargs if asked or not torch.is_grad_enabled() else {**kwargs, "use_cache": False}
+
+    hf.register_forward_pre_hook(without_cache, with_kwargs=True)
+    setattr(hf, HOOKED, without_cache)
 
 
 def use_fast_s6(hf: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def prepared(
         hf = moved(hf, device)
     if isinstance(source, PreTrainedModel) and dtype is not None:
         hf = hf.to(dtype)
+    kernels.allow_gradients(hf)
     return hf.eval(), tokenizer_of(tokenizer)
 
 
@@ -186,7 +188,10 @@ def nnsight_model(
         raise UnsupportedModel(
             f"{type(hf).__name__} cannot generate; its class has to derive from transformers' GenerationMixin as well."
         )
-    return TransformersModel(hf, tokenizer=tokenizer, task="text-generation", **options)
+    with warnings.catch_warnings():
+        # RWKV's attention has a module that is called output; views know where nnsight puts it.
+        warnings.filterwarnings("ignore", message=".*has a submodule named 'output'.*")
+        return TransformersModel(hf, tokenizer=tokenizer, task="text-generation", **options)
 
 
 def bind(nn: TransformersModel, architecture: Architecture) -> Model:

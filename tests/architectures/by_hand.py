@@ -7,6 +7,7 @@ canonical tensor, and ``"state"`` to a function of (position, h_t).
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,6 +79,10 @@ def scan_changed(
     hf: nn.Module, mixer: nn.Module, change: Change, when: str = "before_read"
 ) -> contextlib.AbstractContextManager[None]:
     """Run one mixer's scan as a plain loop over positions, with a change in it; all other mixers as they are."""
+    for path, (name, run) in METHODS.items():
+        if hasattr(mixer, path):
+            home = mixer.get_submodule(path)
+            return patched(home, **{name: functools.partial(run, change, when, home)})
     loops = {
         name: lambda _, run=run: lambda *args, **kwargs: run(change, when, *args, **kwargs)
         for name, run in LOOPS.items()
@@ -185,7 +190,73 @@ def gated_delta(
     return applied(change, "y", torch.stack(outputs, 1)), state
 
 
+def rg_lru(
+    change: Change, when: str, module: Any, hidden_states, recurrent_gate, reset, recurrent_states, **_: Any
+):  # fmt: skip
+    x = applied(change, "x", hidden_states)
+    decay, write = applied(change, "decay", recurrent_gate * ~reset), applied(change, "write", x)
+    state = torch.zeros_like(x[:, 0]) if recurrent_states is None else recurrent_states.to(x)
+    y, state = loop(decay, write, lambda t, h: h, state, change, when)
+    return applied(change, "y", y), state
+
+
+def wkv4(change: Change, when: str, time_decay, time_first, key, value, state=None, return_state=False):
+    """y reads the state before the present position's write, whatever `when` says."""
+    k, x, w = applied(change, "k", key), applied(change, "x", value), -torch.exp(time_decay)
+    nothing = torch.zeros_like(k[:, 0])
+    num, den, m = (nothing, nothing, nothing - 1e30) if state is None else (value.to(k) for value in state)
+    scales = [m]
+    for t in range(k.shape[1]):
+        scales.append(torch.maximum(scales[-1] + w, k[:, t]))
+    m = torch.stack(scales, 1)
+    decay = applied(change, "decay", torch.exp(m[:, :-1] + w - m[:, 1:]))
+    weight = torch.exp(k - m[:, 1:])
+    write = applied(change, "write", torch.stack([weight * x, weight], -1))
+    h, outputs = torch.stack([num, den], -1), []
+    for t in range(k.shape[1]):
+        bonus = torch.exp(time_first + k[:, t] - m[:, t])
+        bonus = torch.where(bonus.isinf(), torch.ones_like(bonus), bonus)  # nothing came before
+        outputs.append((h[..., 0] + bonus * x[:, t]) / (h[..., 1] + bonus))
+        h = decay[:, t, :, None] * h + write[:, t]
+        h = change["state"](t, h) if "state" in change else h
+    return applied(change, "y", torch.stack(outputs, 1)), [*h.unbind(-1), m[:, -1]]
+
+
+def mlstm(
+    change: Change, when: str, module: Any, query, key, value, igate, fgate, c_initial=None, n_initial=None,
+    m_initial=None, **_: Any,
+):  # fmt: skip
+    given = {"C": query / query.shape[-1] ** 0.5, "B": key, "x": value, "input_gate": igate, "forget_gate": fgate}
+    C, B, x, i, f = (applied(change, name, tensor.transpose(1, 2)) for name, tensor in given.items())
+    scales = [torch.zeros_like(i[:, 0]) if m_initial is None else m_initial.squeeze(-1).to(i)]
+    for t in range(i.shape[1]):
+        scales.append(torch.maximum(scales[-1] + F.logsigmoid(f[:, t]), i[:, t]))
+    m = torch.stack(scales, 1)
+    decay = applied(change, "decay", torch.exp(m[:, :-1] + F.logsigmoid(f) - m[:, 1:]))[..., None, None]
+    columns = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    write = B[..., None] * (torch.exp(i - m[:, 1:])[..., None] * columns)[..., None, :]
+    write = applied(change, "write", write)
+    state = torch.zeros_like(write[:, 0])
+    if c_initial is not None:
+        state = torch.cat([c_initial, n_initial[..., None]], -1).to(x)
+
+    def read(t: int, h: Tensor) -> Tensor:
+        sums = (h * C[:, t, ..., None]).sum(-2)
+        least = torch.maximum(sums[..., -1].abs(), torch.exp(-m[:, t + 1]))
+        return sums[..., :-1] / (least + module.config.eps)[..., None]
+
+    y, state = loop(decay, write, read, state, change, when)
+    y = applied(change, "y", y).transpose(1, 2)
+    return y, (state[..., :-1], state[..., -1], m[:, -1, :, None])
+
+
+# Where a scan is a method of a submodule: the submodule, its method, the loop.
+METHODS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "rg_lru": ("_rnn_scan", rg_lru),
+    "mlstm_backend": ("forward", mlstm),
+}
 LOOPS: dict[str, Callable[..., Any]] = {
+    "rwkv_linear_attention": wkv4,
     "mamba_selective_scan": s6_sequence,
     "mamba_selective_state_update": s6_step,
     "mamba2_chunk_scan": ssd_sequence,

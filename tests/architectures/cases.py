@@ -15,10 +15,11 @@ from circuitbench.models.random import random_model
 S6 = ["mamba", "falcon_mamba", "jamba"]
 SSD = ["mamba2", "falcon_h1", "bamba", "zamba2", "nemotron_h", "granitemoehybrid"]
 DELTA = ["qwen3_next", "kimi_linear"]
-RECURRENT = [*S6, *SSD, *DELTA]
-SHORT_CONV = ["lfm2", "lfm2_moe"]
+RNN = ["recurrent_gemma", "rwkv", "xlstm"]
+RECURRENT = [*S6, *SSD, *DELTA, *RNN]
+SHORT_CONV = ["lfm2", "lfm2_moe", "lfm3"]
 # Alike another family but for their own modules, which `check` and the tests of sites and mixers look at.
-TWINS = ["qwen3_5_text", "qwen3_5_moe_text", "lfm2"]
+TWINS = ["qwen3_5_text", "qwen3_5_moe_text", "bailing_hybrid", "lfm2", "lfm3"]
 TRANSFORMERS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
 FAMILIES = [*RECURRENT, "olmo_hybrid", "lfm2_moe", *TRANSFORMERS]
 
@@ -81,6 +82,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2-odd-sizes": ("lfm2", {"hidden_size": 20, "conv_L_cache": 4, "num_attention_heads": 2}),
     "lfm2-bias": ("lfm2", {"conv_bias": True}),
     "lfm2_moe": ("lfm2_moe", {}),
+    "lfm3": ("lfm3", {}),
+    "lfm3-plain": ("lfm3", {"use_sandwich_norm": False, "use_attention_gate": False}),
+    "bailing_hybrid": ("bailing_hybrid", {}),
+    "bailing_hybrid-unbounded": ("bailing_hybrid", {"kda_safe_gate": False}),
+    "recurrent_gemma": ("recurrent_gemma", {}),
+    "recurrent_gemma-odd-sizes": (
+        "recurrent_gemma",
+        {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "conv1d_width": 3},
+    ),
+    "rwkv": ("rwkv", {}),
+    "rwkv-odd-sizes": ("rwkv", {"hidden_size": 24, "attention_hidden_size": 24, "rescale_every": 0}),
+    "xlstm": ("xlstm", {}),
+    "xlstm-odd-sizes": ("xlstm", {"num_heads": 2, "v_dim_factor": 1.0, "use_bias": True, "chunk_size": 5}),
 }
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+BY_CHANNEL = ("kimi_linear", "bailing_hybrid")
 Edit = Callable[[int, Tensor], Tensor]  # (position, h_t) -> h_t
-DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear")
+DELTA = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "bailing_hybrid")
 
 
 def unchanged(position: int, state: Tensor) -> Tensor:
@@ -66,8 +67,12 @@ def mixer(
 ) -> dict[str, Tensor]:
     """Every site of the mixer for hidden states `(t, d_model)`; `edit` changes the state at a position."""
     family, hidden = config.model_type, hidden.double()
-    if family.startswith("lfm2"):
+    if family.startswith("lfm"):
         return short_conv(module, hidden)
+    if family in ("recurrent_gemma", "rwkv", "xlstm"):
+        from tests.architectures.reference_rnn import MIXERS  # which is written with the functions of this file
+
+        return MIXERS[family](module, hidden, edit, when)
     if family in ("mamba", "falcon_mamba", "jamba"):
         return s6_mixer(family, module, hidden, edit, when)
     if family in DELTA:
@@ -160,7 +165,7 @@ def gate_and_norm(family: str, module: Any, w: dict[str, Tensor], y: Tensor, gat
 def delta_mixer(family: str, module: Any, hidden: Tensor, edit: Edit, when: str) -> dict[str, Tensor]:
     """Yang, Kautz & Hatamizadeh 2024: decay the memory, then move what it holds at k towards v by beta.
 
-    Kimi Linear's memory decays channel by channel (Kimi Team 2025).
+    Kimi Linear's memory decays channel by channel (Kimi Team 2025); in Ling, by exp(−5) at most.
     """
     w = weights_of(module)
     found, (q, k, v), (b, a), gate = PROJECTED.get(family, projected_apart)(module, w, hidden)
@@ -175,9 +180,13 @@ def delta_mixer(family: str, module: Any, hidden: Tensor, edit: Edit, when: str)
     C = torch.stack([q[:, h // each] for h in range(heads)], dim=1) / dk**0.5
     v = v.unflatten(-1, (heads, dv))
     beta = sigmoid(b) * (2 if getattr(module, "allow_neg_eigval", False) else 1)
-    if family == "kimi_linear":
+    if family in BY_CHANNEL:
         rate, shift = w["forget_gate.A_log"].reshape(heads, 1), w["forget_gate.dt_bias"].reshape(heads, dk)
-        decay = torch.exp(-torch.exp(rate) * softplus(a.unflatten(-1, (heads, dk)) + shift))
+        asked, rate = a.unflatten(-1, (heads, dk)) + shift, torch.exp(rate)
+        if getattr(module.forget_gate, "safe_gate", False):
+            decay = torch.exp(module.forget_gate.lower_bound * sigmoid(rate * asked))
+        else:
+            decay = torch.exp(-rate * softplus(asked))
     else:
         decay = torch.exp(-torch.exp(w["A_log"]) * softplus(a + w["dt_bias"]))
     kept = decay if decay.dim() == 3 else decay[:, :, None].expand(-1, -1, dk)
@@ -196,7 +205,7 @@ def delta_mixer(family: str, module: Any, hidden: Tensor, edit: Edit, when: str)
     y = torch.stack(outputs)
     norm, out = ("norm", "out_proj") if hasattr(module, "norm") else ("o_norm", "o_proj")
     normed = rms(y, module.get_submodule(norm).variance_epsilon, w[f"{norm}.weight"]).flatten(1)
-    gated = normed * (sigmoid(gate) if family == "kimi_linear" else silu(gate))
+    gated = normed * (sigmoid(gate) if family in BY_CHANNEL else silu(gate))
     return {
         **found, "conv": conv, "x": v, "B": B, "C": C, "beta": beta, "decay": decay, "write": torch.stack(writes),
         "state": torch.stack(states), "y": y, "gate": gate, "gated": gated, "out": gated @ w[f"{out}.weight"].T,
@@ -239,8 +248,10 @@ def projected_low_rank(module: Any, w: dict[str, Tensor], hidden: Tensor) -> Pro
 
 
 def projected_apart(module: Any, w: dict[str, Tensor], hidden: Tensor) -> Projected:
-    """OLMo Hybrid: six projections."""
-    q, k, v, b, a, g = (linear(w, f"{name}_proj", hidden) for name in "qkvbag")
+    """OLMo Hybrid and Ling: six projections."""
+    decay = "forget_gate.f_proj" if hasattr(module, "forget_gate") else "a_proj"
+    names = ["q_proj", "k_proj", "v_proj", "b_proj", decay, "g_proj"]
+    q, k, v, b, a, g = (linear(w, name, hidden) for name in names)
     return {"q_proj": q, "k_proj": k, "v_proj": v}, (q, k, v), (b, a), g
 
 

@@ -39,7 +39,7 @@ def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def readable(model: cb.Model) -> list[str]:
-    return [site for site in model.sites if not site.endswith((".ssm.state", ".ssm.mixing"))]
+    return [site for site in model.sites if not site.endswith((".ssm.state", ".ssm.scale", ".ssm.mixing"))]
 
 
 def one_of_each(model: cb.Model) -> list[str]:
@@ -84,6 +84,9 @@ SLOPES = [
     "olmo_hybrid",
     "kimi_linear",
     "lfm2",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
 ]
 
 

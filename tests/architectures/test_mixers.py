@@ -13,7 +13,7 @@ from circuitbench.models import kernels
 from circuitbench.models.prompts import encode
 from circuitbench.tracing import capture
 from tests.architectures import reference
-from tests.architectures.cases import RECURRENT, S6, SHORT_CONV, VARIANTS, load, plain, prompts, relative
+from tests.architectures.cases import RECURRENT, RNN, S6, SHORT_CONV, VARIANTS, load, plain, prompts, relative
 
 LENGTHS = (13, 5, 1)  # odd, across chunks of 8 and within one, and a single token; padded to 13
 
@@ -49,10 +49,12 @@ def mixer_inputs(model: cb.Model, ids: list[list[int]]) -> dict[int, list[Tensor
     return seen
 
 
-def branch_multiplier(model: cb.Model) -> float:
-    """What the families multiply the mixer's output by before it is added."""
-    config = model.hf.config
-    return getattr(config, "ssm_out_multiplier", 1.0) * getattr(config, "residual_multiplier", 1.0)
+def as_added(model: cb.Model, layer: int, out: Tensor) -> Tensor:
+    """The mixer's output as it is added to the residual stream: multiplied, or normed."""
+    config, norm = model.hf.config, getattr(model.layers[layer].envoy._module, "post_operator_norm", None)
+    if hasattr(norm, "weight"):
+        return reference.rms(out, config.norm_eps, norm.weight.detach().double())
+    return out * getattr(config, "ssm_out_multiplier", 1.0) * getattr(config, "residual_multiplier", 1.0)
 
 
 def errors(model: cb.Model, ids: list[list[int]], sites: list[str] | None = None) -> dict[str, float]:
@@ -64,7 +66,7 @@ def errors(model: cb.Model, ids: list[list[int]], sites: list[str] | None = None
     for layer, inputs in mixer_inputs(model, ids).items():
         for row, hidden in enumerate(inputs):
             expected = reference.mixer(model.hf.config, mixers(model)[layer], hidden)
-            expected["out"] = expected["out"] * branch_multiplier(model)
+            expected["out"] = as_added(model, layer, expected["out"])
             for name in names:
                 got = found[f"layers.{layer}.{name}"][row, : len(hidden)]
                 want = expected[name.partition(".")[2]]
@@ -76,19 +78,25 @@ def errors(model: cb.Model, ids: list[list[int]], sites: list[str] | None = None
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_site_of_the_mixer_follows_the_papers_formulas(variant: str) -> None:
     model = load(variant)
-    if any(name.endswith("in_proj.bias") for name, _ in model.hf.named_parameters()):
-        with pytest.raises(cb.BadInput, match="in_proj with a bias.*one length"):
-            capture(model, prompts(*LENGTHS), f"layers.0.{part(model)}.y")
-        worst = errors(model, prompts(LENGTHS[0]))
+    leaks = any(name.endswith("in_proj.bias") for name, _ in model.hf.named_parameters())
+    if leaks or model.architecture in RNN:
+        with pytest.raises(
+            cb.BadInput, match=("in_proj with a bias" if leaks else "runs its recurrence") + ".*one length"
+        ):
+            capture(model, prompts(*LENGTHS), f"layers.*.{part(model)}.y")
+        batches = [prompts(LENGTHS[0], LENGTHS[0]), *(prompts(length) for length in LENGTHS[1:])]
     else:
-        worst = errors(model, prompts(*LENGTHS))
-    assert max(worst.values()) < 1e-5, worst
+        batches = [prompts(*LENGTHS)]
+    for ids in batches:
+        worst = errors(model, ids)
+        assert max(worst.values()) < 1e-5, worst
 
 
 @pytest.mark.parametrize("family", [*RECURRENT, "olmo_hybrid", "qwen3_5_text", *SHORT_CONV])
 def test_in_bfloat16_y_and_the_state_stay_within_its_rounding(family: str) -> None:
     sites = ["conv.y", "conv.out"] if family in SHORT_CONV else ["ssm.y", "ssm.state"]
-    worst = errors(load(family, torch.bfloat16), prompts(*LENGTHS), sites)
+    model = load(family, torch.bfloat16)
+    worst = errors(model, prompts(*((LENGTHS[0],) if family in RNN else LENGTHS)), sites)
     assert max(worst.values()) < 3e-2, worst
 
 
@@ -117,7 +125,8 @@ def test_dt_is_read_after_its_clamp(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["mamba2-many-groups", "falcon_h1", "qwen3_next-odd-sizes", "kimi_linear-odd-sizes", "olmo_hybrid"]
+    "variant",
+    ["mamba2-many-groups", "falcon_h1", "qwen3_next-odd-sizes", "kimi_linear-odd-sizes", "olmo_hybrid", "xlstm"],
 )
 def test_the_mixing_matrix_times_x_plus_the_skip_is_y(variant: str) -> None:
     model = load(variant)
@@ -131,9 +140,21 @@ def test_the_mixing_matrix_times_x_plus_the_skip_is_y(variant: str) -> None:
     assert (mixing.triu(1) == 0).all()
 
 
-@pytest.mark.parametrize("family", S6)
+def test_the_scale_is_what_undoes_the_units_of_a_state() -> None:
+    """In natural units RWKV-4's denominator is a sum of exp(k), and the state follows the same decay at every step."""
+    model = load("rwkv")
+    got = capture(model, prompts(13), [f"layers.0.ssm.{name}" for name in ("k", "scale", "state")])
+    k, scale, state = (got[f"layers.0.ssm.{name}"].double() for name in ("k", "scale", "state"))
+    decay = torch.exp(-torch.exp(mixers(model)[0].time_decay.detach().double()))
+    natural, total = state[..., 1] * scale.exp(), torch.zeros_like(scale[:, 0])
+    for t in range(13):
+        total = decay * total + k[:, t].exp()
+        assert relative(natural[:, t], total) < 1e-5
+
+
+@pytest.mark.parametrize("family", [*S6, "recurrent_gemma", "rwkv"])
 def test_a_channels_mixing_matrix_times_x_plus_the_skip_is_y(family: str) -> None:
-    model, channels = load(family), [0, 7, 63]
+    model, channels = load(family), [0, 7, 31]
     ids = torch.tensor(prompts(13))
     with torch.no_grad():
         with model.trace(ids):
@@ -141,5 +162,6 @@ def test_a_channels_mixing_matrix_times_x_plus_the_skip_is_y(family: str) -> Non
             mixing = model.layers[0].ssm.mixing(channels=channels).save()
             y = model.layers[0].ssm.y.save()
     expected = torch.einsum("bcts,bsc->btc", mixing, x[..., channels])
-    expected = expected + mixers(model)[0].D.detach()[channels] * x[..., channels]
+    if family in S6:
+        expected = expected + mixers(model)[0].D.detach()[channels] * x[..., channels]
     assert relative(y[..., channels], expected) < 1e-5

@@ -32,14 +32,19 @@ PARTS = {
     "nemotron_h": {"ssm": "mixer", "attn": "mixer", "mlp": "mixer"},
     "granitemoehybrid": {"ssm": "mamba", "attn": "self_attn", "mlp": "shared_mlp"},
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid"), DELTA),
-    "kimi_linear": {"ssm": "self_attn", "attn": "self_attn", "mlp": "mlp"},
-    **dict.fromkeys(("lfm2", "lfm2_moe"), LFM2),
+    **dict.fromkeys(("kimi_linear", "bailing_hybrid"), {"ssm": "self_attn", "attn": "self_attn", "mlp": "mlp"}),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), LFM2),
+    "recurrent_gemma": {"ssm": "temporal_block", "attn": "temporal_block", "mlp": "mlp_block"},
+    "rwkv": {"ssm": "attention", "mlp": "feed_forward"},
+    "xlstm": {"ssm": "mlstm_layer", "mlp": "ffn"},
     "gpt2": {"attn": "attn", "mlp": "mlp"},
     "gpt_neox": {"attn": "attention", "mlp": "mlp"},
 }
 LAYERS = {"mamba": "backbone.layers", "falcon_mamba": "backbone.layers", "mamba2": "backbone.layers"} | {
     "gpt2": "transformer.h",
     "gpt_neox": "gpt_neox.layers",
+    "rwkv": "rwkv.blocks",
+    "xlstm": "backbone.blocks",
 }
 MERGE = {
     "gpt2": "c_proj",
@@ -48,12 +53,27 @@ MERGE = {
     "lfm2_moe": "out_proj",
 }  # what puts the heads together again
 DOWN = {"gpt2": "c_proj", "gpt_neox": "dense_4h_to_h", "granitemoehybrid": "output_linear"}
-DOWN |= {"lfm2": "w2", "lfm2_moe": "w2"}
+DOWN |= {"lfm2": "w2", "lfm2_moe": "w2", "lfm3": "w2"}
 GATE = {
     "qwen3_5_text": "in_proj_z",
     "qwen3_5_moe_text": "in_proj_z",
     "olmo_hybrid": "g_proj",
     "kimi_linear": "g_b_proj",
+    "bailing_hybrid": "g_proj",
+}
+# Where else a site is: the part's submodule, the side, and the heads that the site tells apart.
+PLACES: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("recurrent_gemma", "ssm.gate"): ("linear_y", "output", ""),
+    ("recurrent_gemma", "ssm.in_proj"): ("linear_x", "output", ""),
+    ("recurrent_gemma", "ssm.conv"): ("rg_lru", "input", ""),
+    ("recurrent_gemma", "ssm.gated"): ("linear_out", "input", ""),
+    ("rwkv", "ssm.gate"): ("receptance", "output", ""),
+    ("rwkv", "ssm.gated"): ("output", "input", ""),
+    ("rwkv", "mlp.hidden"): ("value", "input", ""),
+    ("rwkv", "mlp.gate"): ("receptance", "output", ""),
+    ("xlstm", "ssm.normed"): ("multihead_norm", "output", "num_heads"),
+    ("xlstm", "ssm.gate"): ("ogate_act_fn", "input", ""),
+    ("xlstm", "mlp.hidden"): ("proj_down", "input", ""),
 }
 ROUTER = {  # where it is in a layer, and the norm that it reads
     "jamba": ("feed_forward.router", "pre_ff_layernorm"),
@@ -62,6 +82,7 @@ ROUTER = {  # where it is in a layer, and the norm that it reads
     "qwen3_5_moe_text": ("mlp.gate", "post_attention_layernorm"),
     "granitemoehybrid": ("block_sparse_moe.router", "post_attention_layernorm"),
     "kimi_linear": ("mlp.gate", "post_attention_layernorm"),
+    "bailing_hybrid": ("mlp.gate", "post_attention_layernorm"),
     "lfm2_moe": ("feed_forward.gate", "ffn_norm"),
 }
 
@@ -85,9 +106,11 @@ def part_of(hf: Any, index: int, name: str) -> nn.Module:
     return layer.get_submodule(PARTS.get(family(hf), {"attn": "self_attn", "mlp": "mlp"})[name])
 
 
-def multiplier(hf: Any, part: str) -> float:
+def multiplier(hf: Any, part: str, index: int) -> float:
     """What a branch is multiplied by before it is added to the residual stream."""
     config = hf.config
+    if family(hf) == "rwkv":  # what transformers has divided it by
+        return 2.0 ** (index // config.rescale_every)
     own = {"ssm": "ssm_out_multiplier", "attn": "attention_out_multiplier"}.get(part, "")
     return getattr(config, own, 1.0) * getattr(config, "residual_multiplier", 1.0)
 
@@ -139,11 +162,19 @@ def by_hand(hf: Any, index: int, name: str) -> contextlib.AbstractContextManager
     config, kind = hf.config, family(hf)
     heads = getattr(config, "num_attention_heads", 0)
     layer = layer_of(hf, index)
+    if name == "resid_pre" and hasattr(layer, "pre_ln"):
+        return hooked(layer.pre_ln, halved, "output")
     if name in ("resid_pre", "resid_post"):
         return hooked(layer, halved, "input" if name == "resid_pre" else "output")
     if part in ("", "moe"):
         return None
     module = part_of(hf, index, part)
+    if (kind, name) in PLACES:
+        path, side, split = PLACES[kind, name]
+        change = by_heads(halved, getattr(config, split)) if split else halved
+        return hooked(module.get_submodule(path), change, side)
+    if name in ("ssm.input_gate", "ssm.recurrence_gate") and kind == "recurrent_gemma":
+        return sigmoid_changed(module.rg_lru, 0 if site == "input_gate" else 1)
     if name in ("ssm.in_proj", "conv.in_proj"):
         return hooked(module.in_proj_qkvz if kind == "qwen3_next" else module.in_proj, halved, "output")
     if name in ("ssm.q_proj", "ssm.k_proj", "ssm.v_proj"):
@@ -168,7 +199,7 @@ def by_hand(hf: Any, index: int, name: str) -> contextlib.AbstractContextManager
         return hooked(module.get_submodule(DOWN.get(kind, "down_proj")), halved, "input")
     if name == "attn.latent":
         return hooked(module.kv_a_layernorm, halved, "output")
-    if name in ("attn.k", "attn.v") and kind == "kimi_linear":
+    if name in ("attn.k", "attn.v") and hasattr(module, "expand_kv"):
         return expanded(module, "kv".index(site))
     if name in ("attn.q", "attn.k", "attn.v"):
         which = "qkv".index(site)
@@ -203,17 +234,44 @@ def expanded(module: Any, which: int) -> Iterator[None]:
         del module.expand_kv
 
 
-def normed_branches(hf: Any, layer: nn.Module) -> bool:
-    """Whether what the branches put out is normed before it is added."""
-    return family(hf).startswith("gemma") or (family(hf) == "olmo_hybrid" and hasattr(layer, "self_attn"))
+@contextlib.contextmanager
+def sigmoid_changed(module: nn.Module, which: int) -> Iterator[None]:
+    """`halved` of one of the sigmoids that a module computes."""
+    own, calls = torch.sigmoid, []
+
+    def sigmoid(value: Tensor) -> Tensor:
+        calls.append(value)
+        return halved(own(value)) if len(calls) == which + 1 else own(value)
+
+    def enter(*_: Any) -> None:
+        torch.sigmoid = sigmoid
+
+    def leave(*_: Any) -> None:
+        torch.sigmoid = own
+
+    handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def norm_after(hf: Any, layer: nn.Module, part: str) -> nn.Module | None:
+    """What norms a branch's output before it is added, if anything does."""
+    if family(hf).startswith("gemma") or (family(hf) == "olmo_hybrid" and hasattr(layer, "self_attn")):
+        return layer.get_submodule("post_feedforward_layernorm" if part == "mlp" else "post_attention_layernorm")
+    if family(hf) == "lfm3":
+        return layer.get_submodule("post_ffn_norm" if part == "mlp" else "post_operator_norm")
+    return None
 
 
 def branch(hf: Any, index: int, part: str) -> contextlib.AbstractContextManager[None] | None:
     """`halved` of what a branch adds to the residual stream."""
-    factor = multiplier(hf, part)
+    factor = multiplier(hf, part, index)
     layer = layer_of(hf, index)
-    if normed_branches(hf, layer):
-        norm = layer.post_attention_layernorm if part == "attn" else layer.post_feedforward_layernorm
+    norm = norm_after(hf, layer, part)
+    if norm is not None:
         return hooked(norm, halved, "output")
     if family(hf) == "granitemoehybrid" and part == "mlp" and layer.has_experts:
         return None  # the sum of two modules' outputs; see the test of the residual stream
@@ -300,10 +358,9 @@ def test_writing_between_the_halves_of_a_layer_adds_to_both(models: tuple[cb.Mod
         if "resid_mid" not in layer.sites:
             continue
         part = next(name for name in ("ssm", "conv", "attn") if f"{name}.out" in layer.sites)
-        if normed_branches(hf, layer_of(hf, layer.index)):
-            module, factor = layer_of(hf, layer.index).post_attention_layernorm, 1.0
-        else:
-            module, factor = part_of(hf, layer.index, part), multiplier(hf, part)
+        module, factor = norm_after(hf, layer_of(hf, layer.index), part), 1.0
+        if module is None:
+            module, factor = part_of(hf, layer.index, part), multiplier(hf, part, layer.index)
         with torch.no_grad(), hooked(module, lambda value, by=shift / factor: value + by, "output"):
             expected = hf(IDS).logits
         assert relative(written(model, f"layers.{layer.index}.resid_mid", lambda v: v + shift), expected) < 1e-5
@@ -323,7 +380,9 @@ def test_a_pattern_weighs_the_values(models: tuple[cb.Model, Any]) -> None:
         assert (pattern.triu(1) == 0).all()
         v = v.repeat_interleave(pattern.shape[1] // v.shape[2], 2)
         mixed = torch.einsum("bhts,bshp->bthp", pattern, v)
-        if model.architecture.startswith(("qwen3_next", "qwen3_5")):  # their output gate comes between
+        if model.architecture.startswith(
+            ("qwen3_next", "qwen3_5", "lfm3", "bailing_hybrid")
+        ):  # their output gate comes between
             assert relative(z, mixed) > 1e-2
             assert ((z / mixed) > 0).float().mean() > 0.99
         else:
