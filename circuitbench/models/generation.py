@@ -133,11 +133,12 @@ def together(model: Model, batch: Batch, state: State | None) -> list[list[int]]
     """Which prompts run in one batch: all, but where padding or other prompts would change them."""
     if by_row(model):
         return [[row] for row in range(len(batch.input_ids))]
+    lengths = batch.lengths if state is None else batch.lengths + state.lengths
     if state is None:
         check_padding(model, batch)
-    elif padding_leak(model):
-        return by_length(batch.lengths + state.lengths)
-    return [list(range(len(batch.input_ids)))]
+    if padding_leak(model) or model.hf.config.model_type == "minimax":  # whose steps mask the wrong keys
+        return by_length(lengths)
+    return [list(range(len(lengths)))]
 
 
 def all_but_last(model: Model, batch: Batch, state: State, remote: bool | str) -> tuple[Batch, State]:

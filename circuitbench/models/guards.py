@@ -26,6 +26,8 @@ ATTRIBUTE = "circuitbench_guard"
 INSTEAD = "use circuitbench.continue_from(model, circuitbench.run_prefix(model, prompt), suffix), which is exact"
 # Families whose forward counts positions from 0 again after a cached past, unless it is told them.
 FORGETFUL = ("bamba", "minimax")
+# Families that multiply their input with the whole mask, also where it counts the cached past.
+UNTRIMMED = ("mamba", "falcon_mamba")
 # Its code, which is ours, leaves out what the mask hides, wherever it is.
 MASKED_ANYWHERE = ("rwkv7",)
 
@@ -97,27 +99,39 @@ class Guard:
         rows, length = ids.shape[:2]
         cache = kwargs.get("past_key_values", kwargs.get("cache_params", kwargs.get("state")))
         follows = cache is not None and holds(cache)
-        if length > 1:
-            self.check_mask(module, kwargs, length)
+        mask = kwargs.get("attention_mask")
+        mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+        if mask is not None and (length > 1 or self.family in (*UNTRIMMED, "minimax")):
+            self.check_mask(module, mask, kwargs.get("use_cache"), length, follows)
         if follows:
             self.check_following(kwargs, cache, rows, length)
         if self.family == "recurrent_gemma":
             self.check_modules(module, cache, follows, kwargs)
 
-    def check_mask(self, module: Any, kwargs: dict[str, Any], length: int) -> None:
-        """Padding that goes through the recurrence."""
-        mask = kwargs.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            return
+    def check_mask(self, module: Any, mask: Tensor, use_cache: bool | None, length: int, follows: bool) -> None:
+        """Padding that goes through the recurrence, and masks that are laid over other tokens than they mean."""
+        if self.family in UNTRIMMED and mask.shape[1] != length:
+            raise BadInput(
+                f"attention_mask has {mask.shape[1]} columns for {length} tokens, and transformers spreads the tokens "
+                f"of {self.family} over them; leave attention_mask out after a cached state, or {INSTEAD}."
+            )
+        if self.family == "minimax" and follows and not bool(mask.all()):
+            raise BadInput(
+                "Tokens follow a cached past with padding in it, and there transformers masks the wrong keys of "
+                f"minimax; give it prompts of one length at a time, or {INSTEAD}."
+            )
         real = mask[:, -length:].bool()
-        if self.family in UNMASKED and not bool(real.all()):
+        if bool(real.all()):
+            return
+        if self.family in UNMASKED:
             raise BadInput(
                 f"attention_mask has padding, and transformers runs the recurrence of {self.family} through it, "
                 "whatever the mask says; give it prompts of one length at a time."
             )
-        caching = kwargs.get("use_cache")
-        caching = getattr(module.config.get_text_config(), "use_cache", False) if caching is None else caching
-        if caching and self.family not in MASKED_ANYWHERE and bool((real[:, :-1] & ~real[:, 1:]).any()):
+        if self.family in MASKED_ANYWHERE or not bool((real[:, :-1] & ~real[:, 1:]).any()):
+            return
+        caching = getattr(module.config.get_text_config(), "use_cache", False) if use_cache is None else use_cache
+        if caching:
             raise BadInput(
                 "attention_mask has padding on the right, and the recurrence goes on through it: what is kept after "
                 'such a prompt is not its state. Pad on the left (tokenizer.padding_side = "left"), or pass '
