@@ -68,7 +68,7 @@ def last_token(
 
 
 def tokens_before(
-    hidden: Tensor, last: Tensor | None, padding: Tensor | None
+    hidden: Float[Tensor, "b t d"], last: Float[Tensor, "b d"] | None, padding: Bool[Tensor, "b t"] | None
 ) -> tuple[Float[Tensor, "b t+1 d"], Int[Tensor, "b t"] | None]:
     """All tokens with the one before them, and where in that the latest real token up to each is."""
     before = torch.zeros_like(hidden[:, :1]) if last is None else last[:, None].to(hidden)
