@@ -21,6 +21,18 @@ IDS = torch.tensor(prompts(9, 9))
 META = 3
 LAYER = 1  # shares its keys and values with the next two, and attends to a window
 
+
+@pytest.fixture(scope="module")
+def hf() -> Any:
+    """The model, never traced."""
+    return plain("hymba")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load("hymba")
+
+
 # site -> (module in the layer, its input or output, which of several, layout there)
 PLACES: dict[str, tuple[str, str, int, str]] = {
     "resid_pre": ("", "input", 0, "plain"),
@@ -91,8 +103,8 @@ def halved(value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("site", PLACES)
-def test_sites_are_what_torchs_hooks_see(site: str) -> None:
-    hf, seen = plain("hymba"), {}
+def test_sites_are_what_torchs_hooks_see(hf: Any, model: Model, site: str) -> None:
+    seen: dict[str, Tensor] = {}
 
     def keep(value: Tensor) -> Tensor:
         seen["value"] = value.clone()
@@ -104,7 +116,6 @@ def test_sites_are_what_torchs_hooks_see(site: str) -> None:
         with hooked(hf, site, halved):
             expected = hf(IDS).logits
         assert relative(expected, base) > 1e-3  # the edit matters
-        model = cb.load_model(hf)
         address = f"layers.{LAYER}.{site}"
         with model.trace(IDS):
             value = read_site(model, address).clone().save()
@@ -125,8 +136,7 @@ def wanted(model: Model, asked: list[str]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("layer", [1, 2])
-def test_sites_while_going_on_from_a_cache_are_those_of_the_whole(layer: int, count: int) -> None:
-    model = load("hymba")
+def test_sites_while_going_on_from_a_cache_are_those_of_the_whole(model: Model, layer: int, count: int) -> None:
     asked = addresses(model, layer)
     start = 9 - count
     with torch.no_grad():
@@ -145,8 +155,7 @@ def test_sites_while_going_on_from_a_cache_are_those_of_the_whole(layer: int, co
         assert relative(rest[address], whole[address][last]) < 1e-5, address
 
 
-def test_a_state_edited_after_a_cache_is_one_edited_in_the_whole() -> None:
-    model = load("hymba")
+def test_a_state_edited_after_a_cache_is_one_edited_in_the_whole(model: Model) -> None:
     with torch.no_grad():
         with model.trace(IDS):
             model.layers[2].ssm.edit_state({META + 6: torch.zeros_like})
@@ -160,8 +169,7 @@ def test_a_state_edited_after_a_cache_is_one_edited_in_the_whole() -> None:
     assert relative(torch.cat([some, rest], 1), expected[:, 5:]) < 1e-5
 
 
-def test_a_layer_that_shares_keys_says_so() -> None:
-    model = load("hymba")
+def test_a_layer_that_shares_keys_says_so(model: Model) -> None:
     assert "attn.k" in model.layers[1].sites
     assert "attn.k" not in model.layers[2].sites
     with pytest.raises(cb.errors.SiteNotFound, match="layers.2.attn.k: layer 2 .hybrid. has resid_pre"):

@@ -202,7 +202,7 @@ def test_a_window_reaches_its_size_back_and_to_the_meta_tokens() -> None:
 # Cache and generation -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(1, 12), (5, *[1] * 8), (2, 3, 1, 4, 3), (12, 1), (5, 8), (6, 2, 5)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, *[1] * 8), (2, 3, 1, 4, 3), (6, 2, 5)], ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 def test_going_on_from_a_cache_is_the_whole_prompt(sizes: tuple[int, ...], padded: bool) -> None:
     hf = tiny()
@@ -254,8 +254,7 @@ def tiny_llama() -> Any:
 # Padding --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["plain", "no meta tokens", "biases", "no window"])
-@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize(("variant", "width"), [("plain", 1), ("plain", 5), ("no meta tokens", 5), ("biases", 5)])
 def test_padding_on_the_left_changes_no_logit(variant: str, width: int) -> None:
     hf, (prompt,) = tiny(**VARIANTS[variant]), prompts(9)
     alone = logits_of(hf, [prompt])[0]

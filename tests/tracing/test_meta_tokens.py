@@ -99,7 +99,8 @@ def test_an_edit_in_the_last_layer_moves_the_logits_of_its_position_alone(model:
 
 
 def test_an_edit_anywhere_begins_at_its_position(model: Model) -> None:
-    addresses = [address for address in sites(model) if not address.endswith("pattern")]
+    names = ("ssm.in_proj", "ssm.conv", "ssm.dt", "ssm.write", "ssm.state", "attn.v", "attn.z", "mlp.hidden")
+    addresses = ["embed", *(f"layers.1.{name}" for name in names), "logits"]
     base = cb.intervene(model, PROMPTS, [], sites=addresses)
     for address in addresses:
         edited = cb.intervene(model, PROMPTS, cb.Scale(address, 1.5, positions=3), sites=[address])
