@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from circuitbench.tracing.check import check
 from circuitbench.tracing.checks.report import CheckReport
 from tests.ndif.plugin import NdifServer, save_for_server
 
+ROOT = Path(__file__).parents[2]
 SUM = "the sum of the branches"
 BRANCHES = ("attn.out", "resid_pre", "resid_mid", "mlp.out", "resid_post")
 SOME = ["layers.0.ssm.state", "layers.0.ssm.y", "layers.0.ssm.gated"]
@@ -58,6 +61,19 @@ def test_every_map_holds(family: str, reports: dict[str, dict[str, Any]]) -> Non
     for how in ("own value assigned", "own value in place"):
         unchanged = {row["site"]: row["measured"] for row in rows if row["check"] == how}
         assert unchanged == dict.fromkeys(writable, 0.0)
+
+
+def test_the_page_of_architectures_is_current(reports: dict[str, dict[str, Any]]) -> None:
+    """All of it but the size of the differences, and the versions that are installed here."""
+    script = runpy.run_path(str(ROOT / "scripts" / "architectures.py"))
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for report in reports.values():
+        report["versions"] = {name: pinned[name] for name in report["versions"]}
+    here, written = (
+        re.sub(r"(?<=\| )(0|\de-\d\d)(?= \|)", "#", text)
+        for text in (script["page"](reports), (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8"))
+    )
+    assert here == written, "docs/architectures.md is stale: run python scripts/architectures.py"
 
 
 @pytest.mark.parametrize(
