@@ -42,6 +42,22 @@ def test_a_model_of_ones_own_passes_every_check() -> None:
     assert len(re.findall(r"layer \d, position \d: [+-]0\.\d+", out)) == 3
 
 
+def test_a_recurrence_of_ones_own_is_checked_edited_and_taken_apart() -> None:
+    out = output_of("neural_memory.py")
+    assert int(re.search(r"recalls (\d+)% of the digits", out)[1]) > 98
+    assert re.search(r"all \d+ checks hold", out) and re.search(r"ssm.mixing +mixing times x is y", out)
+    base = float(re.search(r"3 rather than 5 by ([+-][\d.]+)\.", out)[1])
+    layers = [[float(value) for value in re.findall(r"[+-][\d.]+", row)] for row in re.findall(r"  layer \d:.*", out)]
+    by_token = [min(column) for column in zip(*layers, strict=True)]  # what the layer that matters does
+    assert by_token[0] > -0.1 * base and all(effect < -base for effect in by_token[1:])
+    said = dict(re.findall(r"^(Told|a and b exchanged|Feature)[^:]*: +(a \d, b \d, c \d, d \d)$", out, re.MULTILINE))
+    assert said["Told"] == "a 3, b 7, c 1, d 2"
+    assert said["a and b exchanged"] == "a 7, b 3, c 1, d 2"
+    assert said["Feature"] == "a 5, b 7, c 1, d 2"
+    assert float(re.search(r"FVU ([\d.]+) on memories", out)[1]) < 0.15
+    assert int(re.search(r"(\d+) of all 64 pairs", out)[1]) > 55
+
+
 def test_remote_runs_without_a_server() -> None:
     out = output_of("remote.py")
     assert "h_3 is zero: True" in out and "as here: True" in out

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from .base import Architecture, Part, Site
+from .function_scan import FunctionScan
 from .registry import ARCHITECTURES, architecture_of, language_model_type, register
 
-__all__ = ["ARCHITECTURES", "Architecture", "Part", "Site", "architecture_of", "language_model_type", "register"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "FunctionScan",
+    "Part",
+    "Site",
+    "architecture_of",
+    "language_model_type",
+    "register",
+]

@@ -10,7 +10,7 @@ from ...architectures import ARCHITECTURES
 from ...models import kernels
 from ...models.prompts import takes_position_ids
 from ...models.state import kind_of
-from ...recurrences import RECURRENCES
+from ...recurrences import recurrence_of
 from .blocks import disturbed, same_states, scans, state_edit
 from .live import Failure, guarded, relative
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PREFIX = 6  # tokens before the cache is edited
 CACHE = "edit_state equals an edited cache"
+FROZEN = "the frozen form closes"
 
 
 def check_scans(live: Live) -> None:
@@ -49,8 +50,10 @@ def check_scans(live: Live) -> None:
         if "mixing" in here and f"{site}.mixing" in live.addresses:
             off = relative(*mixed(here))
             live.note(f"{site}.mixing", "mixing times x is y", off, bound, "The matrix is not this scan's.")
-        if layer in live.first:
-            live.note(f"{site}.y", "the frozen form closes", open_by(here, scan.recurrence), bound, advice)
+        if layer in live.first and not getattr(recurrence_of(scan.recurrence), "linear", True):
+            live.unverified(f"{site}.y", FROZEN, "in this recurrence y is not linear in x, so that there is none")
+        elif layer in live.first:
+            live.note(f"{site}.y", FROZEN, open_by(here, scan.recurrence), bound, advice)
 
 
 def scan_of(live: Live, part: str) -> Scan:
@@ -89,7 +92,7 @@ def open_by(here: dict[str, Any], name: str) -> float:
     operands["x"].requires_grad_()
     own = here["own"].detach()
     with torch.enable_grad():
-        y, _ = RECURRENCES[name].frozen(**operands, D=here["D"])
+        y, _ = recurrence_of(name).frozen(**operands, D=here["D"])
         (gradient,) = torch.autograd.grad(y, operands["x"], own.to(y.dtype))
     axes = (1, *range(3, own.dim()))
     return relative((gradient.float() * operands["x"].float()).sum(axes), own.float().square().sum(axes))
