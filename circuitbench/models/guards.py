@@ -105,6 +105,11 @@ class Guard:
             self.check_mask(module, mask, kwargs.get("use_cache"), length, follows)
         if follows:
             self.check_following(kwargs, cache, rows, length)
+        if self.family == "rwkv" and length == 1 and rows > 1 and (follows or caches(module, kwargs)):
+            raise BadInput(
+                f"One token comes with a cache in each of {rows} prompts, and transformers then mixes the prompts of "
+                f"rwkv into each other; run them one by one, or {INSTEAD}."
+            )
         if self.family == "recurrent_gemma":
             self.check_modules(module, cache, follows, kwargs)
 
@@ -152,11 +157,6 @@ class Guard:
                 f"{self.family} from 0 again; pass position_ids=torch.arange(n, n + {length})[None] for the n tokens "
                 f"before them, or {INSTEAD}."
             )
-        if self.family == "rwkv" and length == 1 and rows > 1:
-            raise BadInput(
-                f"One token follows a cached state in each of {rows} prompts, and transformers then mixes the prompts "
-                f"of rwkv into each other; run them one by one, or {INSTEAD}."
-            )
 
     def check_modules(self, module: Any, cache: Any, follows: bool, kwargs: dict[str, Any]) -> None:
         """RecurrentGemma keeps its state on the modules: that of another run must not be taken for this one's."""
@@ -169,6 +169,12 @@ class Guard:
             for block in blocks_of(module).values():
                 block.conv1d_state = block.rg_lru.recurrent_states = None
         self.last = None if cache is None else weakref.ref(cache)
+
+
+def caches(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether RWKV-4 makes a cache, where none is given."""
+    asked = kwargs.get("use_cache")
+    return module.config.use_cache and not module.training if asked is None else asked
 
 
 def holds(cache: Any) -> bool:

@@ -38,6 +38,7 @@ KERNEL_FUNCTIONS = (
     "recurrent_kimi_delta_attention",
 )
 MARK, HOOKED = "circuitbench", "circuitbench_gradients"
+CACHES = {"rwkv": "state", "xlstm": "cache_params"}  # written in place
 
 
 def modeling_module(hf: PreTrainedModel) -> Any:
@@ -89,19 +90,29 @@ def fit(hf: PreTrainedModel) -> None:
 
 
 def allow_gradients(hf: PreTrainedModel) -> None:
-    """RWKV-4 keeps no cache where gradients are wanted and nobody asks for one.
+    """RWKV-4 and xLSTM keep no cache where gradients are wanted and nobody asks for one.
 
     transformers makes one for every forward in eval mode, and writes it into tensors that the backward needs.
     """
-    if hf.config.model_type != "rwkv" or hasattr(hf, HOOKED):
+    if hf.config.model_type not in CACHES or hasattr(hf, HOOKED):
         return
+    cache = CACHES[hf.config.model_type]
 
     def without_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        asked = kwargs.get("use_cache") is not None or kwargs.get("state") is not None
+        asked = kwargs.get("use_cache") is not None or kwargs.get(cache) is not None
         return args, kwargs if asked or not torch.is_grad_enabled() else {**kwargs, "use_cache": False}
 
     hf.register_forward_pre_hook(without_cache, with_kwargs=True)
     setattr(hf, HOOKED, without_cache)
+
+
+def run_whole(hf: Any) -> None:
+    """xLSTM runs a prompt in one piece, however long, so that every layer runs once a forward and has gradients.
+
+    transformers cuts prompts of more than ``max_inference_chunksize`` (16,384) tokens into pieces to save memory.
+    """
+    if hf.config.model_type == "xlstm" and hf.device.type != "meta":
+        hf.config.max_inference_chunksize = sys.maxsize
 
 
 def use_fast_s6(hf: PreTrainedModel) -> None:

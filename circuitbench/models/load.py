@@ -120,6 +120,7 @@ def prepared(
     if isinstance(source, PreTrainedModel) and dtype is not None:
         hf = hf.to(dtype)
     kernels.allow_gradients(hf)
+    kernels.run_whole(hf)
     return hf.eval(), tokenizer_of(tokenizer)
 
 

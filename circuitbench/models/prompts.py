@@ -83,11 +83,17 @@ UNMASKED = ("rwkv", "xlstm", "recurrent_gemma")
 
 
 def check_padding(model: Model, batch: Batch) -> None:
-    """Refuse to pad where padding is not inert.
+    """Refuse to pad where padding is not inert, and prompts that transformers would mix.
 
     Raises:
-        BadInput: For a padded batch on such a model.
+        BadInput: For a padded batch on such a model, and for several prompts of one token of RWKV-4.
     """
+    rows, length = batch.input_ids.shape
+    if length == 1 and rows > 1 and model.hf.config.model_type == "rwkv":
+        raise BadInput(
+            f"These are {rows} prompts of one token, and transformers mixes such prompts of rwkv into each other; run "
+            "them one by one (for capture: batch_size=1)."
+        )
     leak = padding_leak(model) if batch.padded else ""
     if leak:
         raise BadInput(f"{leak}; give it prompts of one length at a time (for capture: batch_size=1).")
@@ -149,10 +155,17 @@ def encode(model: Model, prompts: Prompts, special_tokens: bool = True) -> Batch
 
 
 def check_length(model: Model, length: int, what: str) -> None:
-    """Refuse more tokens than the model has positions for."""
-    limit = getattr(model.hf.config.get_text_config(), "max_position_embeddings", None)
+    """Refuse more tokens than the model has positions for, or than it runs in one piece."""
+    config = model.hf.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and takes_position_ids(model) and length > limit:
         raise BadInput(f"{what} {length} tokens, and this model takes {limit} (max_position_embeddings).")
+    piece = getattr(config, "max_inference_chunksize", None)  # xLSTM, on a server
+    if piece is not None and length > piece:
+        raise BadInput(
+            f"{what} {length} tokens, and this model runs more than {piece} (max_inference_chunksize) in pieces, of "
+            "which only one would be seen; load the model here."
+        )
 
 
 def pad_id(model: Model) -> int:

@@ -148,7 +148,8 @@ def columns_of(model: Model, before: Columns | None, so_far: int, counted: bool)
     ids = kwargs.get("input_ids", args[0] if args else None)
     ids = kwargs["inputs_embeds"] if ids is None else ids
     rows, length = ids.shape[:2]
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values", kwargs.get("cache_params"))
+    mask = kwargs.get("attention_mask")
+    cache = kwargs.get("past_key_values", kwargs.get("cache_params", kwargs.get("state")))
     mask = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     told = shared(model).get("before") if before is None else None  # the run starts from a state of ours
     if mask is not None and mask.shape[1] > length:
@@ -181,11 +182,22 @@ def columns_of(model: Model, before: Columns | None, so_far: int, counted: bool)
 
 def cached(cache: Any, counted: bool) -> int:
     """How many columns a cache holds that a run starts from."""
+    if hasattr(cache, "seqlen_offset"):  # xLSTM's
+        return int(cache.seqlen_offset)
+    if isinstance(cache, (list, tuple)):  # RWKV-4's
+        return uncounted() if counted else 0
     if any(hasattr(layer, "get_seq_length") for layer in cache.layers) or not cache.layers:
         return int(cache.get_seq_length())
-    if counted and cache.has_previous_state():
-        raise BadInput(
-            "This run starts from a cache of recurrent states, which do not tell how many tokens they hold, so "
-            "positions cannot be counted; run the whole sequence from its beginning, or use positions=None."
-        )
-    return 0
+    return uncounted() if counted and cache.has_previous_state() else 0
+
+
+def uncounted() -> int:
+    """Refuse to count positions after states alone.
+
+    Raises:
+        BadInput: Always.
+    """
+    raise BadInput(
+        "This run starts from a cache of recurrent states, which do not tell how many tokens they hold, so positions "
+        "cannot be counted; run the whole sequence from its beginning, or use positions=None."
+    )

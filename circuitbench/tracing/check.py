@@ -175,10 +175,16 @@ def check_padding(live: Live) -> None:
     if long == short and live.weights_here:
         ids, mask = live.inputs["input_ids"], torch.ones_like(live.inputs["input_ids"])
         mask[:, :LEFT_OUT] = 0
-        padded = live.own_logits({"input_ids": ids, "attention_mask": mask})[:, LEFT_OUT:]
-        alone = live.own_logits({"input_ids": ids[:, LEFT_OUT:]})
+        check, padded = (
+            "padding leaks, and is refused",
+            guarded(live.own_logits, {"input_ids": ids, "attention_mask": mask}),
+        )
+        if isinstance(padded, Failure):  # by the model's own guard
+            live.note("model", check, "padding" in padded.why or padded, None, "It is refused for another reason.")
+            return
+        leaked = relative(padded[:, LEFT_OUT:], live.own_logits({"input_ids": ids[:, LEFT_OUT:]}))
         advice = "Padding changes nothing in this model, so that it need not be refused (models.prompts.padding_leak)."
-        live.note_movement("model", "padding moves the logits, and is refused", relative(padded, alone), advice)
+        live.note("model", check, leaked > live.tolerance, None, advice)
     elif live.weights_here:
         padded = live.own_logits(live.inputs)[1:, -short:]
         alone = live.own_logits({"input_ids": live.inputs["input_ids"][1:, -short:]})
