@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 import circuitbench as cb
 from circuitbench.tracing import Add, capture, hold, intervene
 from tests.architectures.cases import RNN, load, plain, prompts, relative
+from tests.ndif.plugin import NdifServer, save_for_server
 
 IDS = torch.tensor(prompts(9, 9))
 DEEP = {"num_hidden_layers": 7, "rescale_every": 6}  # transformers' own rescale_every; the last layer is past it
@@ -230,3 +232,34 @@ def test_a_held_intervention_counts_the_tokens_that_are_generated(family: str) -
     first = 11 if family != "rwkv" else 12  # y of RWKV-4 reads the state before
     assert relative(whole[:, :first], plain_logits[:, :first]) < 1e-5
     assert relative(whole[:, first], plain_logits[:, first]) > 1e-5
+
+
+# On a server ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", RNN)
+def test_a_server_gives_the_same_numbers(family: str, ndif_server: NdifServer, tmp_path: Path) -> None:
+    settings = {"vocab_size": 257, **(DEEP if family == "rwkv" else {})}
+    model = cb.load_model(save_for_server(plain(family, **settings), tmp_path))
+
+    def run(remote: str | bool) -> dict[str, Tensor]:
+        last = model.layers[len(model.layers) - 1]
+        with torch.no_grad():
+            with model.trace("how does it compute", remote=remote):
+                found, ssm = {}.save(), model.layers[0].ssm
+                if ssm.sites[0] == "gate":  # xLSTM's comes later
+                    found["gate"] = ssm.gate
+                found["decay"] = ssm.decay.clone()
+                ssm.x[:, 2] = 0
+                found["states"] = ssm.edit_state({4: torch.zeros_like})
+                found["y"] = ssm.y.clone()
+                last.resid_post = last.resid_post + 1.0
+                found["resid"] = last.resid_post.clone()
+                found["logits"] = model.logits.clone()
+        return dict(found)
+
+    here, there = run(False), run(ndif_server.url)
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    texts = [model.generate_text("how does it", max_new_tokens=5, remote=where) for where in (ndif_server.url, False)]
+    assert texts[0] == texts[1]
