@@ -76,7 +76,7 @@ def dplr_iter_states(
 
 def dplr_write(steps: dict[str, Tensor], state: Tensor) -> Float[Tensor, "b t h dk dv"]:
     """back⊗z + k⊗x: what each step adds to the decayed state."""
-    carried, _, _ = _chunked(steps, state)
+    carried, _ = _chunked(steps, state, "carried")
     return _added(steps, carried)
 
 
@@ -144,8 +144,7 @@ def _scan(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor]:
     if _given(run):
         S = _given_step(run, S)
         return _read(run, S), S
-    _, y, S = _chunked(run, S)
-    return y, S
+    return _chunked(run, S, "y")
 
 
 def _read(run: dict[str, Tensor], S: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ def _given(run: dict[str, Tensor]) -> bool:
 
 def _given_step(run: dict[str, Tensor], S: Tensor) -> Tensor:
     """One position where some rows add the given write, and the others what the model's own rule says."""
-    _, _, own = _chunked(run, S)
+    _, own = _chunked(run, S, "y")
     if "shift" in run:
         own = own + run["shift"][:, 0]
     given = run["decay"][:, 0, ..., None] * S + run["write"][:, 0]
@@ -169,7 +168,7 @@ def _given_step(run: dict[str, Tensor], S: Tensor) -> Tensor:
 def _states(run: dict[str, Tensor], S: Tensor) -> Tensor:
     if _given(run):
         return _given_step(run, S)[:, None]
-    carried, _, _ = _chunked(run, S)
+    carried, _ = _chunked(run, S, "carried")
     return linear_states(run["decay"][..., None], _added(run, carried), S)
 
 
@@ -179,31 +178,29 @@ def _added(run: dict[str, Tensor], carried: Tensor) -> Tensor:
     return torch.stack((run["k"], run["back"]), -1) @ torch.stack((run["x"], carried), -2)
 
 
-def _chunked(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `back` carries into the state, z (without `back`: what k does, x − z), `(b, t, h, dv)`; y; the final state.
+def _chunked(run: dict[str, Tensor], S: Tensor, what: str) -> tuple[Tensor, Tensor]:
+    """`what` is asked for, `(b, t, h, dv)`, and the final state. By chunks: the whole ones at once, then the rest.
 
-    By chunks: the whole ones at once, then the rest.
+    Args:
+        what: ``"y"``; or ``"carried"``, what `back` carries into the state: z (without `back`, what k does: x − z).
     """
     run = {name: run[name] for name in ("decay", "probe", "back", "k", "r", "x") if name in run}
-    carried, outputs = [], []
+    found = []
     for start, stop, part in segments(run, chunk=CHUNK):
-        z, y, S = _one_step(part, S) if stop - start == 1 else _equal_chunks(part, S)
-        carried.append(z)
-        outputs.append(y)
-    if len(outputs) == 1:
-        return carried[0], outputs[0], S
-    return torch.cat(carried, 1), torch.cat(outputs, 1), S
+        values, S = _one_step(part, S, what) if stop - start == 1 else _equal_chunks(part, S, what)
+        found += values
+    return found[0].contiguous() if len(found) == 1 else torch.cat(found, 1), S
 
 
-def _one_step(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _one_step(run: dict[str, Tensor], S: Tensor, what: str) -> tuple[list[Tensor], Tensor]:
     carried = (run["probe"].transpose(1, 2) @ S).transpose(1, 2)
     if "back" not in run:
         carried = run["x"] - carried
     S = run["decay"][:, 0, ..., None] * S + _added(run, carried)[:, 0]
-    return carried, _read(run, S), S
+    return [carried if what == "carried" else _read(run, S)], S
 
 
-def _equal_chunks(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _equal_chunks(run: dict[str, Tensor], S: Tensor, what: str) -> tuple[list[Tensor], Tensor]:
     """The WY form of DeltaNet (Yang et al. 2024, arXiv:2406.06484) with a decay per channel.
 
     Within a chunk that starts from S, with P_i the product of the decays up to i and K_ij that of j+1 … i,
@@ -225,20 +222,21 @@ def _equal_chunks(run: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor, Te
         added = own = None
     parts += [*within.asks, within.total.mT]
     sign = 1 if probe_back else -1
-    S, carried, outputs = S.flatten(0, 1), [], []
+    S, found = S.flatten(0, 1), []
     for n, (solve, right, tell, read, ask, query, keep) in enumerate(
         zip(*(part.flatten(1, 2).unbind(0) for part in parts), strict=True)
     ):
-        z = solve @ torch.baddbmm(right, ask, S, alpha=sign)
-        y = query @ S if own is None else torch.baddbmm(own[n], query, S)
-        outputs.append(torch.baddbmm(y, read, z))
-        carried.append(z)
-        S = torch.baddbmm(keep * S if added is None else torch.addcmul(added[n], keep, S), tell, z)
-    carried, outputs = (
-        torch.stack(v).unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].contiguous()
-        for v in (carried, outputs)
-    )
-    return carried, outputs, S.unflatten(0, (batch, heads))
+        z = y = solve @ torch.baddbmm(right, ask, S, alpha=sign)
+        if what == "y":
+            y = torch.baddbmm(query @ S if own is None else torch.baddbmm(own[n], query, S), read, z)
+        found.append(y.unflatten(0, (batch, heads)).transpose(1, 2))
+        if within.from_start:
+            S = keep * torch.baddbmm(S if added is None else S + added[n], tell, z)
+        else:
+            S = torch.baddbmm(keep * S if added is None else torch.addcmul(added[n], keep, S), tell, z)
+    missing = len(found) * size - length
+    found[-1] = found[-1][:, : size - missing]
+    return found, S.unflatten(0, (batch, heads))
 
 
 def _inverse(system: Float[Tensor, "... c c"]) -> Float[Tensor, "... c c"]:
@@ -262,17 +260,22 @@ class Within:
 
     Attributes:
         pairs: [[probe·k, probe·back], [r·k, r·back]], each `(..., c, c)`: the product over channels of what is asked at
-            i, what is told at j, and the decays between (for the probe, which asks the state before i, up to i−1).
+            i, what is told at j, and the decays between (for the probe, which asks the state before i, up to i−1). Of
+            the last one that the probe has, the system to solve, only what is below the diagonal counts.
         asks: probe and r, times the decays since the chunk's start, `(..., c, d)`.
-        tells: k and back, times the decays until the chunk's end, `(..., d, c)`.
+        tells: k and back, times the decays until the chunk's end, `(..., d, c)`; or, where `from_start`, divided by
+            those since its start.
         total: the product of the chunk's decays `(..., 1, d)`.
     """
 
-    def __init__(self, pairs: list[list[Tensor]], asks: list[Tensor], tells: list[Tensor], total: Tensor) -> None:
-        self.pairs = pairs
-        self.asks = asks
-        self.tells = tells
-        self.total = total
+    def __init__(
+        self, pairs: list[list[Tensor]], asks: list[Tensor], tells: list[Tensor], total: Tensor, from_start: bool
+    ) -> None:
+        self.pairs = [[pair.squeeze(-3) for pair in row] for row in pairs]
+        self.asks = [ask.squeeze(-3) for ask in asks]
+        self.tells = [told.squeeze(-3) for told in tells]
+        self.total = total.squeeze(-3)
+        self.from_start = from_start
 
 
 def _within(run: dict[str, Tensor]) -> Within:
@@ -289,7 +292,8 @@ def _within(run: dict[str, Tensor]) -> Within:
     run = {key: value.unflatten(-2, (-1, block)) for key, value in run.items() if key != "x"}
     if block == 1:
         run["decay"] = _without_denormals(run["decay"])
-    until = run["decay"].contiguous().cumprod(-2)
+    products = run["decay"].mT.contiguous().cumprod(-1)  # channels first: quicker, and needed below
+    until = products.mT.contiguous()
     before = torch.cat((torch.ones_like(until[..., :1, :]), until[..., :-1, :]), -2)
     asks, total = [before * run["probe"], until * run["r"]], until[..., -1:, :]
     tells = [run[name].mT for name in ("k", "back") if name in run]
@@ -299,13 +303,16 @@ def _within(run: dict[str, Tensor]) -> Within:
             [(run["r"] * told.mT).sum(-1, keepdim=True) for told in tells],
         ]
     else:
-        position = torch.arange(block, device=until.device)
-        hidden = [position >= position[:, None], position > position[:, None]]
-        since_start = until.reciprocal().mT.contiguous()
+        since_start = products.reciprocal()
         tells = [since_start * told for told in tells]
-        pairs = [
-            [(ask @ told).masked_fill(mask, 0.0) for told in tells] for ask, mask in zip(asks, hidden, strict=True)
-        ]
+        pairs = [[ask @ told for told in tells] for ask in asks]
+        position = torch.arange(block, device=until.device)
+        for pair in pairs[0][:-1]:
+            pair.masked_fill_(position >= position[:, None], 0.0)
+        for pair in pairs[1]:
+            pair.masked_fill_(position > position[:, None], 0.0)
+        if block == length:
+            return Within(pairs, asks, tells, total, from_start=True)
         tells = [total.mT * told for told in tells]
     while block < length:
         block *= 2
@@ -321,8 +328,7 @@ def _within(run: dict[str, Tensor]) -> Within:
         asks = [torch.cat((earlier, later * earlier_total), -2) for earlier, later in halves_asked]
         tells = [torch.cat((earlier * later_total.mT, later), -1) for earlier, later in halves_told]
         total = _without_denormals(earlier_total * later_total)
-    pairs = [[pair.squeeze(-3) for pair in row] for row in pairs]
-    return Within(pairs, [v.squeeze(-3) for v in asks], [v.squeeze(-3) for v in tells], total.squeeze(-3))
+    return Within(pairs, asks, tells, total, from_start=False)
 
 
 def _safe_block(decay: Float[Tensor, "... c d"], length: int) -> int:
