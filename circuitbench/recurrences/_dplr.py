@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from circuitbench.recurrences._linear import Edits
 
 CHUNK = 32  # positions solved together, a power of two
+TOGETHER = 2**18  # numbers of an operand that are worked on at once: what stays in a core's cache
 MOST_DECAY = 20.0  # up to a product of e^±20 over a block, dividing by products of decays is safe in float32
 SMALLEST_BLOCK = 8  # where a single decay may be tinier than e^(−20/8), its own gradient would lose digits
 
@@ -185,8 +186,9 @@ def _chunked(run: dict[str, Tensor], S: Tensor, what: str) -> tuple[Tensor, Tens
         what: ``"y"``; or ``"carried"``, what `back` carries into the state: z (without `back`, what k does: x − z).
     """
     run = {name: run[name] for name in ("decay", "probe", "back", "k", "r", "x") if name in run}
-    found = []
-    for start, stop, part in segments(run, chunk=CHUNK):
+    found, length = [], run["x"].shape[1]
+    together = CHUNK * max(1, TOGETHER // (run["k"][:, :CHUNK].numel() or 1))
+    for start, stop, part in segments(run, cuts=range(together, length, together), chunk=CHUNK):
         values, S = _one_step(part, S, what) if stop - start == 1 else _equal_chunks(part, S, what)
         found += values
     return found[0].contiguous() if len(found) == 1 else torch.cat(found, 1), S

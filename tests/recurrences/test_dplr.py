@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from circuitbench.recurrences import _dplr
 from circuitbench.recurrences._dplr import CHUNK, _safe_block, dplr_forward
 from tests.recurrences.cases import close
 
@@ -35,6 +36,11 @@ def loop(steps: dict[str, Tensor], S: Tensor) -> tuple[Tensor, Tensor]:
         )
         outputs.append(torch.einsum("bhk,bhkv->bhv", now["r"], S))
     return torch.stack(outputs, 1), S
+
+
+@pytest.fixture(autouse=True)
+def few_chunks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dplr, "TOGETHER", 2 * 3 * 4 * CHUNK)  # one, of these sizes
 
 
 def compare(steps: dict[str, Tensor]) -> None:
