@@ -61,6 +61,7 @@ class Firing:
         self.y: Any = None
         self.state: Any = None
         self.dtype: Any = None
+        self.strides: Any = None
         self.instead: Any = None
         self.started = False
 
@@ -181,12 +182,12 @@ class Firing:
     def ran(self, output: Any) -> bool:
         """Take over what the operation returned, replayed where it was touched; tells whether to publish it."""
         own = self.scan.output_y(output, self.decoding)
-        self.y, self.dtype = own, own.dtype
+        self.y, self.dtype, self.strides = own, own.dtype, own.stride()
         if self.call.returns_state:
             self.state = output[1]
         if self.stale:
             y, state = self.replay()
-            self.y = y.to(own.dtype).contiguous()  # what is handed out is what the model gets, not a copy
+            self.y = self.laid_out(y.to(own.dtype))
             self.keep(state)
         elif self.tracked:  # only gradients are asked for: the model's own numbers, the replay's derivatives
             y, _ = self.replay()
@@ -221,10 +222,17 @@ class Firing:
 
     def packed(self) -> Any:
         """The operation's output as the model takes it, gated as the operation would have."""
-        y = self.y
         if self.gate_taken:
-            y = y * F.silu(self.gate).reshape(y.shape)  # the gate has no head axis
-        return self.scan.pack(self.call, y.to(self.dtype).contiguous(), self.state, self.decoding)
+            y = self.laid_out((self.y * F.silu(self.gate).reshape(self.y.shape)).to(self.dtype))  # no head axis
+        else:
+            y = self.y = self.laid_out(self.y.to(self.dtype))  # what is handed out is what the model gets, not a copy
+        return self.scan.pack(self.call, y, self.state, self.decoding)
+
+    def laid_out(self, y: Tensor) -> Tensor:
+        """y in memory as the operation's own output was: matrix products round as they find their operands."""
+        if y.stride() == self.strides:
+            return y
+        return torch.empty_strided(y.shape, self.strides, dtype=y.dtype, device=y.device).copy_(y)
 
 
 def composed(first: Any, rows: slice, value: Any) -> Any:

@@ -92,18 +92,39 @@ def fit(hf: PreTrainedModel) -> None:
 def allow_gradients(hf: PreTrainedModel) -> None:
     """RWKV-4 and xLSTM keep no cache where gradients are wanted and nobody asks for one.
 
-    transformers makes one for every forward in eval mode, and writes it into tensors that the backward needs.
+    transformers makes one for every forward in eval mode, and writes it into tensors that the backward needs. xLSTM in
+    half precision cannot run without (its empty state is float32 then), so it gets one that forgets what is written.
     """
     if hf.config.model_type not in CACHES or hasattr(hf, HOOKED):
         return
-    cache = CACHES[hf.config.model_type]
+    name = CACHES[hf.config.model_type]
 
     def without_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        asked = kwargs.get("use_cache") is not None or kwargs.get(cache) is not None
-        return args, kwargs if asked or not torch.is_grad_enabled() else {**kwargs, "use_cache": False}
+        asked = kwargs.get("use_cache") is not None or kwargs.get(name) is not None
+        if asked or not torch.is_grad_enabled():
+            return args, kwargs
+        kwargs = {**kwargs, "use_cache": False}
+        if name == "cache_params" and module.dtype != torch.float32:
+            given = next(v for v in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None)
+            cache = modeling_module(module).xLSTMCache(module.config, len(given), module.dtype, module.device)
+            cache.rnn_state = Forgetful(cache.rnn_state)
+            kwargs[name] = cache
+        return args, kwargs
+
+    def dropped(module: Any, args: tuple, output: Any) -> None:
+        if isinstance(getattr(getattr(output, name, None), "rnn_state", None), Forgetful):
+            output[name] = None
 
     hf.register_forward_pre_hook(without_cache, with_kwargs=True)
+    hf.register_forward_hook(dropped)
     setattr(hf, HOOKED, without_cache)
+
+
+class Forgetful(dict):
+    """States that stay as they are: whoever asks for one gets a copy."""
+
+    def __getitem__(self, layer: int) -> Any:
+        return tuple(value.clone() for value in super().__getitem__(layer))
 
 
 def run_whole(hf: Any) -> None:

@@ -156,16 +156,19 @@ def test_a_document_inside_a_sequence_starts_from_nothing() -> None:
 # xLSTM's pieces and projections ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", RNN)
-def test_gradients_reach_the_first_layer_whatever_the_cache(family: str) -> None:
+def test_gradients_reach_the_first_layer_whatever_the_cache(family: str, dtype: torch.dtype) -> None:
     """transformers writes the caches of RWKV-4 and xLSTM in place, over what the backward needs."""
-    model, ids = load(family), torch.tensor(prompts(17, 17))  # over two chunks of xLSTM
+    model, ids = load(family, dtype), torch.tensor(prompts(17, 17))  # over two chunks of xLSTM
     with model.trace(ids):
         embed = model.embed
         gradient = torch.autograd.grad(model.logits.tanh().sum(), embed)[0].save()
     assert (gradient != 0).any(-1).all()
+    out = model.hf(ids)
+    assert out.get("state", out.get("cache_params")) is None  # nothing that would not be what it seems
     with torch.no_grad():
-        assert torch.equal(model.hf(ids, use_cache=True).logits, model.hf(ids, use_cache=False).logits)
+        assert torch.equal(model.hf(ids, use_cache=True).logits, out.logits)
 
 
 def test_a_long_prompt_of_xlstm_is_seen_whole() -> None:
