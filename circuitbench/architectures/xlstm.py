@@ -59,7 +59,7 @@ XLSTM = Architecture(
         "num_heads": 4,
         "qk_dim_factor": 1.0,
         "v_dim_factor": 2.0,
-        "ffn_proj_factor": 1.5,
+        "ffn_proj_factor": 0.75,
         "ffn_round_up_to_multiple_of": 8,
         "chunk_size": 8,
         "autocast_kernel_dtype": "float32",

@@ -22,6 +22,7 @@ SHORT_CONV = ["lfm2", "lfm2_moe", "lfm3"]
 TWINS = ["qwen3_5_text", "qwen3_5_moe_text", "bailing_hybrid", "lfm2", "lfm3"]
 TRANSFORMERS = ["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]
 FAMILIES = [*RECURRENT, "olmo_hybrid", "lfm2_moe", *TRANSFORMERS]
+PADDED = [family for family in FAMILIES if family not in RNN]  # where padding is masked
 
 ODD_DELTA = {"linear_num_key_heads": 1, "linear_num_value_heads": 3}
 ODD_DELTA |= {"linear_key_head_dim": 5, "linear_value_head_dim": 7}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import circuitbench as cb
-from circuitbench.tracing import Add, capture, hold, intervene
+from circuitbench.tracing import Add, Knockout, Scale, capture, hold, intervene
 from tests.architectures.cases import RNN, load, plain, prompts, relative
 from tests.ndif.plugin import NdifServer, save_for_server
 
@@ -112,6 +112,49 @@ def test_padding_is_refused_where_transformers_ignores_the_mask(family: str) -> 
                 model.logits.save()
     with pytest.raises(cb.BadInput, match="runs its recurrence through padding"):
         intervene(model, prompts(9, 6), Add("layers.0.resid_pre", 1.0))
+
+
+@pytest.mark.parametrize("family", RNN)
+def test_every_writable_site_takes_interventions(family: str) -> None:
+    model = load(family)
+    sites = [site for site in model.sites if not site.endswith((".scale", ".mixing"))]
+    for site in sites:
+        item = Scale(site, torch.tensor([0.5]), positions=[1, -2], channels=slice(1))
+        assert intervene(model, IDS, item).delta_norm > 1e-7, site
+    together = intervene(model, IDS, [Scale(site, 0.9, positions=[1, -1]) for site in sites])
+    for row in range(2):
+        alone = intervene(model, IDS[row : row + 1], [Scale(site, 0.9, positions=[1, -1]) for site in sites])
+        assert relative(together.logits[row], alone.logits[0]) < 2e-5
+
+
+@pytest.mark.parametrize("family", RNN)
+def test_a_knockout_is_a_hole_in_the_mixing_matrix(family: str) -> None:
+    """The other weights stay as they are, and so does what is left in the state."""
+    model, heads = load(family), [1] if family == "xlstm" else None
+    channels = [0, 3, 31]
+    with torch.no_grad():
+        with model.trace(IDS):
+            ssm = model.layers[0].ssm
+            x, states = ssm.x.clone().save(), ssm.state.clone().save()
+            mixing = (ssm.mixing if heads else ssm.mixing(channels=channels)).save()
+            y = ssm.y.save()
+    out = intervene(
+        model, IDS, Knockout("layers.0.ssm", [2, 3], [5, -1], heads), ["layers.0.ssm.y", "layers.0.ssm.state"]
+    )
+    hole = torch.zeros(9, 9)
+    hole[[5, 5, 8, 8], [2, 3, 2, 3]] = 1
+    if heads:
+        removed = torch.einsum("bts,bsp->btp", mixing[:, 1] * hole, x[:, :, 1])
+        expected = y.clone()
+        expected[:, :, 1] -= removed
+        assert relative(out["layers.0.ssm.y"], expected) < 1e-5
+    else:
+        removed = torch.einsum("bcts,bsc->btc", mixing * hole, x[..., channels])
+        assert relative(out["layers.0.ssm.y"][..., channels], y[..., channels] - removed) < 1e-5
+        with pytest.raises(cb.BadInput, match="no heads"):
+            intervene(model, IDS, Knockout("layers.0.ssm", [2], [5], [1]))
+    assert removed.abs().max() > 1e-3
+    assert torch.equal(out["layers.0.ssm.state"], states)
 
 
 # RecurrentGemma's modules ---------------------------------------------------------------------------------------------

@@ -11,14 +11,20 @@ from torch import Tensor
 import circuitbench as cb
 from circuitbench.tracing import capture
 from circuitbench.tracing.addresses import axes_by_address, read_site
-from tests.architectures.cases import FAMILIES, S6, load, prompts, relative
+from tests.architectures.cases import FAMILIES, RNN, S6, load, prompts, relative
 
 LONG, SHORT = prompts(9, 6)
+ANOTHER = prompts(9, seed=1)[0]
 
 
 def text(ids: list[int]) -> str:
     """A prompt as nnsight takes it: a string for the tokenizer of token ids."""
     return " ".join(map(str, ids))
+
+
+def second_of(model: cb.Model) -> list[int]:
+    """The prompt of the second block: shorter, where padding is masked."""
+    return ANOTHER if model.architecture in RNN else SHORT
 
 
 def real(model: cb.Model, site: str, value: Tensor, length: int) -> Tensor:
@@ -40,9 +46,9 @@ def test_every_site_gives_each_block_its_own_rows(model: cb.Model) -> None:
         with model.trace() as tracer:
             with tracer.invoke(text(LONG)):
                 first = {site: read_site(model, site).clone() for site in sites}.save()
-            with tracer.invoke(text(SHORT)):
+            with tracer.invoke(text(second_of(model))):
                 second = {site: read_site(model, site).clone() for site in sites}.save()
-    for ids, found in ((LONG, first), (SHORT, second)):
+    for ids, found in ((LONG, first), (second_of(model), second)):
         alone = capture(model, [ids], sites)
         for site in sites:
             got = real(model, site, found[site], len(ids))
@@ -67,12 +73,12 @@ def test_a_write_in_one_block_leaves_the_other_prompt_alone(model: cb.Model, in_
                         value = getattr(owner, site)
                         setattr(owner, site, torch.cat([value[:, :-4], value[:, -4:] * 0.5], 1))
                     edited = model.logits.save()
-                with tracer.invoke(text(SHORT)):
+                with tracer.invoke(text(second_of(model))):
                     untouched = model.logits.save()
             with model.trace() as tracer:
                 with tracer.invoke(text(LONG)):
                     plain = model.logits.save()
-                with tracer.invoke(text(SHORT)):
+                with tracer.invoke(text(second_of(model))):
                     expected = model.logits.save()
         assert relative(real(model, "logits", untouched, 6), real(model, "logits", expected, 6)) < 1e-6, name
         alone = cb.intervene(model, [LONG], cb.Scale(f"layers.0.{name}", 0.5, positions=slice(-4, None)))

@@ -13,7 +13,7 @@ from torch import Tensor
 import circuitbench as cb
 from circuitbench.tracing import capture, resolve
 from circuitbench.tracing.addresses import axes_by_address
-from tests.architectures.cases import FAMILIES, load, prompts, relative
+from tests.architectures.cases import PADDED, load, prompts, relative
 
 LENGTHS = (9, 6, 11, 1)
 ROWS = prompts(*LENGTHS)
@@ -37,7 +37,7 @@ def own(model: cb.Model, site: str, value: Tensor, length: int) -> Tensor:
     return value
 
 
-@pytest.mark.parametrize("variant", [*FAMILIES, "falcon_h1-no-norm", "zamba2-rope", "mamba2-many-groups"])
+@pytest.mark.parametrize("variant", [*PADDED, "falcon_h1-no-norm", "zamba2-rope", "mamba2-many-groups"])
 def test_a_padded_batch_is_each_prompt_alone(variant: str) -> None:
     model = load(variant)
     sites = capturable(model)

@@ -12,7 +12,7 @@ from torch import Tensor
 import circuitbench as cb
 from circuitbench.tracing import Ablate, Add, Knockout, Scale, Set, capture, intervene
 from circuitbench.tracing.addresses import read_site, write_site
-from tests.architectures.cases import FAMILIES, S6, load, prompts, relative
+from tests.architectures.cases import PADDED, S6, load, prompts, relative
 
 ROWS = prompts(9, 6)
 Y = "layers.0.ssm.y"
@@ -167,7 +167,7 @@ def test_delta_norm_is_how_far_the_logits_of_real_tokens_moved(model: cb.Model) 
     assert intervene(model, ROWS, Add(Y, 0.0)).delta_norm == 0
 
 
-@pytest.mark.parametrize("variant", [*FAMILIES, "falcon_h1-no-norm", "granitemoehybrid-no-experts"])
+@pytest.mark.parametrize("variant", [*PADDED, "falcon_h1-no-norm", "granitemoehybrid-no-experts"])
 def test_every_writable_site_takes_interventions_in_a_padded_batch(variant: str) -> None:
     """At each site alone for what it does; at all sites at once for padding."""
     model = load(variant)
