@@ -203,6 +203,7 @@ class XlstmKind(CacheKind):
             else:
                 scale = value.unsqueeze(-1).clone()
             cache.rnn_state[index] = (memory, normaliser, scale)
+        cache.seqlen_offset = torch.full_like(cache.seqlen_offset, columns)
 
 
 class RwkvKind(CacheKind):

@@ -45,11 +45,11 @@ KINDS = {
     "rwkv": RwkvKind,
     "rwkv7": RWKV7Kind,
 }
-NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+NOT_THE_FUNCTION = ("transformers_version", "architectures", "dtype", "use_cache", "max_inference_chunksize")
 TOKENS, MASK = "input_ids", "attention_mask"
 
 
-class State(Mapping[str, "Tensor"]):
+class State(Mapping):
     """What a model keeps of some prompts it has run: everything that the tokens after them depend on.
 
     A mapping: ``state["layers.3.ssm.state"]`` is the recurrent state, in the layout of the site without the axis of
@@ -176,7 +176,9 @@ class State(Mapping[str, "Tensor"]):
             path: The file.
         """
         tensors = {name: value.contiguous() for name, value in self._tensors.items()}
-        metadata = {**self.about, "format": FORMAT, "tokens": json.dumps(self.lengths.tolist())}
+        # The names, because a file has them in an order of its own.
+        metadata = {"format": FORMAT, "tokens": json.dumps(self.lengths.tolist()), "names": json.dumps(list(tensors))}
+        metadata |= self.about
         save_file({**tensors, TOKENS: self.input_ids, MASK: self.attention_mask}, os.fspath(path), metadata)
 
 
@@ -211,8 +213,8 @@ def load_state(path: str | os.PathLike[str]) -> State:
             f"else; install transformers=={about['transformers']}, or run the prefix again."
         )
     about.pop("tokens")
-    ids, mask = tensors.pop(TOKENS), tensors.pop(MASK)
-    return State(tensors, ids, mask, about)
+    ordered = {name: tensors[name] for name in json.loads(about.pop("names"))}
+    return State(ordered, tensors[TOKENS], tensors[MASK], about)
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -237,7 +239,11 @@ def run_prefix(model: Model, prompt: Prompts, *, remote: bool | str = False) -> 
     kind = kind_of(model)
     batch = encode(model, prompt)
     # Where padding would leak into a prompt's first tokens, prompts of one length run together.
-    groups = by_length(batch.lengths) if batch.padded and padding_leak(model) else [list(range(len(batch.input_ids)))]
+    groups = [list(range(len(batch.input_ids)))]
+    if batch.padded and padding_leak(model):
+        groups = by_length(batch.lengths)
+    if by_row(model):
+        groups = apart(groups, batch.lengths)
     states = [prefix(model, kind, picked(batch, rows), remote) for rows in groups]
     return in_order(states, groups)
 
@@ -253,7 +259,9 @@ def prefix(model: Model, kind: CacheKind, batch: Batch, remote: bool | str) -> S
 
 def advanced(model: Model, state: State, batch: Batch, rows: list[int], remote: bool | str) -> State:
     """The state after some more tokens of some of its prompts (those `rows`); the others stay where they are."""
-    groups = [[row] for row in range(len(rows))] if by_row(model) else by_length(batch.lengths)
+    groups = by_length(batch.lengths)
+    if by_row(model):
+        groups = apart(groups, batch.lengths)
     states, order = [], []
     for group in groups:
         part, before = picked(batch, group), state.rows([rows[row] for row in group])
@@ -383,6 +391,11 @@ def by_length(lengths: Int[Tensor, " b"]) -> list[list[int]]:
     for row, length in enumerate(lengths.tolist()):
         groups.setdefault(length, []).append(row)
     return list(groups.values())
+
+
+def apart(groups: list[list[int]], lengths: Int[Tensor, " b"]) -> list[list[int]]:
+    """The same groups, but that prompts of one token run alone."""
+    return [one for rows in groups for one in ([[row] for row in rows] if lengths[rows[0]] == 1 else [rows])]
 
 
 def picked(batch: Batch, rows: list[int]) -> Batch:

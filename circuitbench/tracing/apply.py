@@ -43,8 +43,9 @@ def run_plan(model: Model, plan: Plan, columns: Columns, keep: Int[Tensor, "b k"
 
 def read_columns(model: Model, address: str, keep: Tensor | None) -> Tensor:
     """A site in the prompts' own columns, or in some of them; the state is then never whole in memory."""
-    meta = 0 if address == "logits" else model.meta_tokens
     axes = axes_by_address(model, address)
+    meta = 0 if address == "logits" else model.meta_tokens
+    first = axes.index("t")
     if keep is not None and address.endswith(".ssm.state"):
         _, layer, _ = address.split(".", 2)
         keep = keep + meta
@@ -56,13 +57,15 @@ def read_columns(model: Model, address: str, keep: Tensor | None) -> Tensor:
         return torch.stack(picked).unflatten(0, tuple(keep.shape))
     value = read_site(model, address)
     if meta:
-        value = value[tuple(slice(meta if name == "t" else 0, None) for name in axes)]
+        # A run that goes on from a state has the meta tokens behind it, among its keys alone.
+        resumed = "before" in shared(model)
+        cut = [meta if name == "t" and not (resumed and axis == first) else 0 for axis, name in enumerate(axes)]
+        value = value[tuple(slice(columns, None) for columns in cut)]
     if keep is None:
         return value
-    axis = axes.index("t")
-    value = value.movedim(axis, 1)
+    value = value.movedim(first, 1)
     rows = torch.arange(len(value), device=value.device)[:, None]
-    return value[rows, keep.to(value.device)].movedim(1, axis)
+    return value[rows, keep.to(value.device)].movedim(1, first)
 
 
 def apply_at(model: Model, address: str, interventions: list[Any], columns: Columns) -> None:

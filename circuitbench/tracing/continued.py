@@ -16,6 +16,7 @@ from ..models.prompts import Batch, check_length, encode
 from ..models.starting import taken
 from ..models.state import (
     State,
+    apart,
     by_length,
     by_row,
     check_fits,
@@ -92,7 +93,7 @@ def continue_from(
     # Suffixes of one length run together: padding between a state and what follows it would be a part of the prompt.
     groups = by_length(batch.lengths)
     if by_row(model):
-        groups = [one for rows in groups for one in ([[r] for r in rows] if batch.lengths[rows[0]] == 1 else [rows])]
+        groups = apart(groups, batch.lengths)
     plan, plain = planned(model, interventions, asked), planned(model, (), ())
     pieces, states, moved = [], [], 0.0
     for rows in groups:
