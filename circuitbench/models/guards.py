@@ -117,8 +117,8 @@ class Guard:
         """Padding that goes through the recurrence, and masks that are laid over other tokens than they mean."""
         if self.family in UNTRIMMED and mask.shape[1] != length and not bool(mask.all()):
             raise BadInput(
-                f"attention_mask has padding and {mask.shape[1]} columns for {length} tokens, and for {self.family} "
-                f"transformers takes its first column for that of the token; leave attention_mask out after a cached state, or {INSTEAD}."
+                f"attention_mask has padding and {mask.shape[1]} columns for {length} tokens, and transformers takes "
+                f"the first column for that of {self.family}'s token; leave it out after a cached state, or {INSTEAD}."
             )
         if self.family == "minimax" and follows and not bool(mask.all()):
             raise BadInput(
