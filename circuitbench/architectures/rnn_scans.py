@@ -100,6 +100,7 @@ class MLSTMScan(Scan):
 
     recurrence = "mlstm"
     sequence = step = "mlstm_backend"
+    asks_module = True  # for eps
     weighs = True
     operand_names = ("x", "B", "C", "input_gate", "forget_gate")
 

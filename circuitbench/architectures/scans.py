@@ -86,6 +86,7 @@ class Scan:
         step: Address of what runs one token from a cached state (the same, where one operation does both).
         continues: Whether a sequence of several tokens goes on from a cached state.
         restarts: What starts from zero again, where it does not.
+        asks_module: Whether `read` gets the part's module too, as a keyword (loops always do, and the cache).
         reads_before_write: Whether y_t reads the state before position t's write, so that no edit of h_t changes y_t.
         weighs: Whether y is divided by what comes out of the state, so that its matrix depends on the initial one.
         write_follows_state: Whether what a step adds depends on the state before it.
@@ -98,6 +99,7 @@ class Scan:
     step = ""
     continues = True
     restarts = "this scan"
+    asks_module = False
     reads_before_write = False
     weighs = False
     write_follows_state = False

@@ -56,14 +56,15 @@ class ScanRun:
         if self.gone(self.input):
             raise self.too_late("its sites were asked for")
         found = {name: self.read(location) for name, location in given.items()}
-        beside = {"module": envoy._module, "cache": now.cache}
-        args, kwargs = found[""] if loop is None else ((), found)
+        args, kwargs = found[""] if loop is None else ((), {**found, "cache": now.cache})
+        if loop is not None or scan.asks_module:
+            kwargs = {**kwargs, "module": envoy._module}
         batcher = worker(self.input).interleaver.batcher
         if not hasattr(batcher, "circuitbench"):
             batcher.circuitbench = {}
         shared, key = batcher.circuitbench, (self.output, self.occurrences[self.output])
         if key not in shared:
-            call = scan.read(args, {**kwargs, **beside}, now.decoding)
+            call = scan.read(args, kwargs, now.decoding)
             shared[key] = Firing(address, scan, recurrence, call, now.decoding)
         self.firing: Any = shared[key]
         if start is not None:
