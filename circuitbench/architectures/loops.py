@@ -95,7 +95,7 @@ class S6HeadsScan(Scan):
         own = y[:, :, head].transpose(1, 2)
         own = (own * F.silu(kwargs["z"]).reshape(own.shape)).to(call.dtype)
         if call.cache is None:
-            return own if state is None else (own, state[:, head])
+            return (own, state[:, head]) if call.returns_state and state is not None else own
         if state is not None:
             with torch.no_grad():
                 call.cache[:, head].copy_(state[:, head])

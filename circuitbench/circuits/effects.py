@@ -6,7 +6,7 @@ An effect is metric(changed run) − metric(unchanged run). Nothing here is a gr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -80,7 +80,11 @@ def patch_effects(
         base, donor = donor, base
 
     def values(address: str) -> Tensor:
-        return capture(model, donor.input_ids, address, remote=remote)[address][0]
+        found, unit = with_unit(model, donor, address, remote)
+        if unit is None:
+            return found
+        _, own = with_unit(model, base, address, remote)
+        return found * (unit - own).exp()
 
     effects = measured(model, base, site, metric, values, f"patch {site}", batch_size, remote, progress)
     effects.donor = score(model, donor, bound(metric, model), remote)
@@ -122,10 +126,29 @@ def ablation_effects(
     base = one_prompt(model, prompt, "prompt")
 
     def values(address: str) -> Tensor:
-        found = capture(model, base.input_ids, address, remote=remote)[address][0]
-        return torch.zeros_like(found) if mode == "zero" else found.mean(0, keepdim=True).expand_as(found)
+        found, unit = with_unit(model, base, address, remote)
+        if mode == "zero":
+            return torch.zeros_like(found)
+        if unit is None:
+            return found.mean(0, keepdim=True).expand_as(found)
+        largest = unit.amax(0, keepdim=True)
+        return (found * (unit - largest).exp()).mean(0, keepdim=True) * (largest - unit).exp()
 
     return measured(model, base, site, metric, values, f"ablate {site}", batch_size, remote, progress)
+
+
+def with_unit(model: Model, batch: Batch, address: str, remote: bool | str) -> tuple[Tensor, Any]:
+    """A site in a run of one prompt, `(t, ...)`; and the logarithm of its unit, where it has one.
+
+    The states of RWKV-4 and xLSTM are kept in units of exp(``ssm.scale``), which depends on the prompt: what is put
+    from one run into another has to be converted.
+    """
+    scale = f"{address.removesuffix('.state')}.scale"
+    if not address.endswith(".state") or scale not in model.sites:
+        return capture(model, batch.input_ids, address, remote=remote)[address][0], None
+    found = capture(model, batch.input_ids, [address, scale], remote=remote)
+    state, unit = found[address][0], found[scale][0]
+    return state, unit.reshape(*unit.shape, *[1] * (state.dim() - unit.dim()))
 
 
 def measured(

@@ -187,6 +187,9 @@ class SSMView(PartView):
     ) -> Tensor | None:
         """Change the recurrent state at some positions; every later position follows.
 
+        In RWKV-4 and xLSTM the state is in units of exp(``ssm.scale``) at its position: multiply a state from another
+        run or position by exp(its scale − the scale here).
+
         Args:
             edits: Position in this forward (as padded; negative ones count from the end) -> the new h_t, or a function
                 from h_t to it.

@@ -98,6 +98,11 @@ def edit_states(model: Model, address: str, items: list[Intervention], columns: 
     for item in items:
         chosen = columns.chosen(item.positions).any(0).nonzero().flatten().tolist()
         if chosen and isinstance(item, Ablate) and item.pools:
+            if "scale" in view.sites:
+                raise BadInput(
+                    f"{address} is kept in a unit of its own at every position (exp of ssm.scale), so states of other "
+                    'positions cannot stand in for it; use mode="zero", or circuits.ablation_effects, which converts.'
+                )
             item = item.referring(pool_of(view, item.mode, columns))
         if chosen:
             view.edit_state({c: edit_of(item, columns.only(c), address, axes) for c in chosen}, states=False)

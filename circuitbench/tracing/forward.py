@@ -11,7 +11,7 @@ import torch
 from ..errors import BadInput, ReadOnlySite
 from ..models.jobs import check_place
 from ..models.lock import lock_of
-from .addresses import resolve
+from .addresses import owner_of, resolve
 from .apply import run_plan
 from .interventions import Intervention, Knockout
 from .selection import Columns
@@ -59,6 +59,13 @@ def planned(
     return [(a, by_address.get(a, []), a in wanted) for a in model.sites if a in by_address or a in wanted]
 
 
+def mixed_site(model: Model, address: str) -> str:
+    """The site of what a scan mixes over positions (x; in some families v), from the site of its y."""
+    view = owner_of(model, address)[0]
+    stem = address.rpartition(".")[0]
+    return next(f"{stem}.{name}" for name, kind in vars(view)["_scan_sites"].items() if kind == "x")
+
+
 def targets(model: Model, item: Intervention | Knockout) -> list[str]:
     """The addresses an intervention acts at.
 
@@ -67,7 +74,7 @@ def targets(model: Model, item: Intervention | Knockout) -> list[str]:
     """
     if isinstance(item, Knockout):
         stem = item.site.removesuffix(".mixing").removesuffix(".y")
-        return resolve(model, f"{stem}.x")
+        return [mixed_site(model, address) for address in resolve(model, f"{stem}.y")]
     if not isinstance(item, Intervention):
         raise BadInput(f"An intervention is Set, Add, Scale, Ablate or Knockout, not {type(item).__name__}.")
     addresses = resolve(model, item.site)

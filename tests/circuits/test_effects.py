@@ -175,3 +175,19 @@ def test_bad_input_is_said_in_one_sentence(changes: dict, error: type, message: 
 def test_an_unknown_ablation_is_refused(compiled: cb.Model) -> None:
     with pytest.raises(BadInput, match="'resample'"):
         ablation_effects(compiled, RECALL, mode="resample", metric=logit_diff("v2", "v7"))
+
+
+def test_a_state_with_a_unit_is_patched_in_its_own() -> None:
+    """RWKV-4 keeps its state in units of exp(scale), which each prompt has for itself: against states swapped whole."""
+    model, t = cb.load_model("random:rwkv"), 3
+    clean, corrupt = torch.tensor([5, 17, 3, 60, 41, 8]), torch.tensor([5, 44, 30, 12, 77, 9])
+    names = [f"layers.0.ssm.{name}" for name in ("state", "scale")]
+    mine, other = (cb.run_prefix(model, ids[None, : t + 1]) for ids in (clean, corrupt))
+    swapped = mine.edited({name: other[name] for name in names})
+    after = [cb.continue_from(model, state, clean[None, t + 1 :]).logits[0, -1] for state in (swapped, mine)]
+    expected = (after[0][11] - after[0][30]) - (after[1][11] - after[1][30])
+    assert expected.abs() > 1e-3
+    effects = cb.patch_effects(model, clean, corrupt, site="ssm.state", metric=cb.logit_diff(11, 30))
+    assert effects.values[0, t] == pytest.approx(float(expected), abs=1e-5)
+    with pytest.raises(cb.BadInput, match="in a unit of its own"):
+        cb.intervene(model, clean, cb.Ablate("layers.0.ssm.state", mode="mean"))

@@ -197,10 +197,13 @@ def test_positions_of_a_pattern_are_its_queries(family: str) -> None:
 # Knockouts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["mamba2", "falcon_h1", "qwen3_next", "mamba2-many-groups"])
+@pytest.mark.parametrize(
+    "variant", ["mamba2", "falcon_h1", "qwen3_next", "mamba2-many-groups", "rwkv7", "kimi_linear", "xlstm"]
+)
 def test_a_knockout_is_a_hole_in_the_mixing_matrix(variant: str) -> None:
     model = load(variant)
-    names, taken_out = [f"layers.0.ssm.{name}" for name in ("x", "state", "y", "mixing")], 0.0
+    mixed = "v" if variant == "rwkv7" else "x"  # what is mixed has its family's name
+    names, taken_out = [f"layers.0.ssm.{name}" for name in (mixed, "state", "y", "mixing")], 0.0
     for item, pairs in (
         (Knockout("layers.0.ssm", 1, "last"), [(-1, 1)]),
         (Knockout("layers.0.ssm.y", [0, 2], [3, -1]), [(t, s) for t in (3, -1) for s in (0, 2)]),
