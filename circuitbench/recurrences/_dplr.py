@@ -218,10 +218,10 @@ def _equal_chunks(run: dict[str, Tensor], S: Tensor, what: str) -> tuple[list[Te
     (probe_k, *probe_back), (r_k, *r_back) = within.pairs
     if probe_back:
         parts = [_inverse(-probe_back[0]), probe_k @ x, within.tells[1], r_back[0]]
-        added, own = (within.tells[0] @ x).flatten(1, 2).unbind(0), (r_k @ x).flatten(1, 2).unbind(0)
+        own = [part.flatten(1, 2).unbind(0) for part in (within.tells[0], x, r_k @ x)]
     else:
         parts = [_inverse(probe_k), x, within.tells[0], r_k]
-        added = own = None
+        own = None
     parts += [*within.asks, within.total.mT]
     sign = 1 if probe_back else -1
     S, found = S.flatten(0, 1), []
@@ -230,12 +230,14 @@ def _equal_chunks(run: dict[str, Tensor], S: Tensor, what: str) -> tuple[list[Te
     ):
         z = y = solve @ torch.baddbmm(right, ask, S, alpha=sign)
         if what == "y":
-            y = torch.baddbmm(query @ S if own is None else torch.baddbmm(own[n], query, S), read, z)
+            y = query @ S if own is None else torch.baddbmm(own[2][n], query, S)
+            y.baddbmm_(read, z)
         found.append(y.unflatten(0, (batch, heads)).transpose(1, 2))
+        S = torch.baddbmm(S if within.from_start else keep * S, tell, z)
+        if own is not None:
+            S.baddbmm_(own[0][n], own[1][n])
         if within.from_start:
-            S = keep * torch.baddbmm(S if added is None else S + added[n], tell, z)
-        else:
-            S = torch.baddbmm(keep * S if added is None else torch.addcmul(added[n], keep, S), tell, z)
+            S = keep * S
     missing = len(found) * size - length
     found[-1] = found[-1][:, : size - missing]
     return found, S.unflatten(0, (batch, heads))
