@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .prompts import Prompts
 
 
+UNBEAMED = ("rwkv", "xlstm")  # families whose states transformers keeps in forms of their own
+
+
 def generate_text(
     model: Model,
     prompts: Prompts,
@@ -92,6 +95,11 @@ def generate_text(
     if num_beams > 1:
         settings["num_beams"] = num_beams
     check_place(model, remote, blocking)
+    if num_beams > 1 and model.hf.config.model_type in UNBEAMED:
+        raise BadInput(
+            f"transformers cannot search beams with {model.hf.config.model_type}, whose states it does not reorder; "
+            "leave num_beams at 1."
+        )
     if num_beams > 1 and remote not in (False, "local") and model.hf.config.model_type in REORDERED:
         raise BadInput(
             f"transformers on the server does not reorder the states of {model.hf.config.model_type} with the beams; "

@@ -188,6 +188,13 @@ class ScanRun:
             raise BadInput(f'when= is "before_read" or "after_read", not {when!r}.')
         self.before("the state was edited")
         self.merge()
+        if not isinstance(edits, dict):
+            raise BadInput(
+                f"{self.address}.edit_state takes {{position: tensor or function}}, not {type(edits).__name__}."
+            )
+        named = [position % self.length for position in edits if isinstance(position, int)]
+        if len(set(named)) < len(named):
+            raise BadInput(f"{self.address}.edit_state: positions {list(edits)} name one position twice.")
         for position, value in edits.items():
             if not isinstance(position, int) or not -self.length <= position < self.length:
                 raise BadInput(

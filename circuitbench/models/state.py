@@ -127,13 +127,21 @@ class State(Mapping):
 
         Args:
             changes: Name -> tensor of the same shape, or function from the tensor to the new one. A ``*`` stands for
-                all layers: ``{"layers.*.ssm.state": torch.zeros_like}``.
+                all layers: ``{"layers.*.ssm.state": torch.zeros_like}``. Where a state has a unit (``ssm.scale``, in
+                RWKV-4 and xLSTM), a tensor for it comes with the scale that belongs to it.
 
         Raises:
             SiteNotFound: For a name that is not there.
-            BadInput: For a tensor of another shape or dtype.
+            BadInput: For a tensor of another shape or dtype, or a state without its unit.
         """
         copy = self.copy()
+        for name, change in changes.items():
+            unit = f"{name.removesuffix('.state')}.scale"
+            if name.endswith(".state") and not callable(change) and unit not in changes and unit in self._tensors:
+                raise BadInput(
+                    f"{name} is in units of exp({unit}); give both, as they belong together (other[{unit!r}]), or a "
+                    "function of the state."
+                )
         for name, change in changes.items():
             names = fnmatch.filter(self._tensors, name) if "*" in name else [name]
             for found in names or [self._known(name)]:
@@ -147,9 +155,13 @@ class State(Mapping):
     def rows(self, rows: Sequence[int]) -> State:
         """A copy with some of the prompts, in this order, as often as they are named."""
         count = len(self.input_ids)
-        if not len(rows) or not all(isinstance(row, int) and -count <= row < count for row in rows):
-            raise BadInput(f"rows={list(rows)!r}; this state has prompts 0 to {count - 1}, name at least one of them.")
-        index = torch.tensor(list(rows), dtype=torch.long)
+        given = rows.tolist() if isinstance(rows, torch.Tensor) else rows
+        named = list(given) if isinstance(given, Sequence) else []
+        if not named or not all(isinstance(row, int) and -count <= row < count for row in named):
+            raise BadInput(
+                f"rows={rows!r}; this state has prompts 0 to {count - 1}: give a list that names at least one of them."
+            )
+        index = torch.tensor(named, dtype=torch.long)
         tensors = {name: value[index.to(value.device)] for name, value in self._tensors.items()}
         mask = self.attention_mask[index]
         empty = int(mask.shape[1] - mask.sum(1).max())
@@ -163,8 +175,8 @@ class State(Mapping):
 
     def repeat(self, times: int) -> State:
         """A copy with every prompt `times` times in a row, to go on from each in several ways."""
-        if times < 1:
-            raise BadInput(f"times={times}; repeat a state at least once.")
+        if not isinstance(times, int) or times < 1:
+            raise BadInput(f"times={times}; repeat a state a whole number of times, at least once.")
         return self.rows([row for row in range(len(self.input_ids)) for _ in range(times)])
 
     # Files ------------------------------------------------------------------------------------------------------------
@@ -175,6 +187,8 @@ class State(Mapping):
         Args:
             path: The file.
         """
+        if not Path(path).absolute().parent.is_dir():
+            raise BadInput(f"There is no folder {Path(path).parent} to write {Path(path).name} into; make it first.")
         tensors = {name: value.contiguous() for name, value in self._tensors.items()}
         # The names, because a file has them in an order of its own.
         metadata = {"format": FORMAT, "tokens": json.dumps(self.lengths.tolist()), "names": json.dumps(list(tensors))}
@@ -477,8 +491,14 @@ def config_mark(model: Model) -> str:
 
 
 def weights_mark(model: Model) -> str:
-    """A short digest of a few entries of every parameter; empty where the weights are not here."""
+    """A short digest of all weights; empty where they are not here.
+
+    Of every parameter its sum, and that of every second entry, in double precision.
+    """
     if model.device.type == "meta":
         return ""
-    picked = [p.detach().flatten()[:: max(1, p.numel() // 8)].double().cpu() for p in model.hf.parameters()]
-    return hashlib.sha256(torch.cat(picked).numpy().tobytes()).hexdigest()[:16]
+    marks = []
+    for parameter in model.hf.parameters():
+        flat = parameter.detach().flatten()
+        marks += [flat.sum(dtype=torch.float64), flat[::2].sum(dtype=torch.float64)]
+    return hashlib.sha256(torch.stack([mark.cpu() for mark in marks]).numpy().tobytes()).hexdigest()[:16]
