@@ -106,7 +106,8 @@ class MLSTMScan(Scan):
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:
         names = ("query", "key", "value", "igate", "fgate", "c_initial", "n_initial", "m_initial")
-        given = bind(names, args, kwargs)
+        short = dict(zip(("q", "k", "v", "i", "f"), names, strict=False))  # of the package xlstm, where it is installed
+        given = bind(names, args, {short.get(name, name): value for name, value in kwargs.items()})
         query, key, value, igate, fgate = (given[name].transpose(1, 2) for name in names[:5])
         memory, normaliser, scale = (given.get(name) for name in names[5:])
         initial = None
@@ -122,7 +123,7 @@ class MLSTMScan(Scan):
                 "input_gate": igate,
                 "forget_gate": fgate,
                 "initial_scale": scale,
-                "eps": torch.tensor(given["module"].config.eps, device=query.device),
+                "eps": torch.tensor(given["module"].mlstm_backend.config.eps, device=query.device),
             },
             D=None,
             dtype=query.dtype,
