@@ -10,6 +10,7 @@ import json
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -490,15 +491,28 @@ def config_mark(model: Model) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_MARKS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
 def weights_mark(model: Model) -> str:
     """A short digest of all weights; empty where they are not here.
 
-    Of every parameter its sum, and that of every second entry, in double precision.
+    Of the bits of every parameter, as integers, their sum and that of every second one: exact, so that threads, device
+    and order do not matter. Taken anew when a weight has changed.
     """
+    hf: Any = model.hf
     if model.device.type == "meta":
         return ""
-    marks = []
-    for parameter in model.hf.parameters():
-        flat = parameter.detach().flatten()
-        marks += [flat.sum(dtype=torch.float64), flat[::2].sum(dtype=torch.float64)]
-    return hashlib.sha256(torch.stack([mark.cpu() for mark in marks]).numpy().tobytes()).hexdigest()[:16]
+    if hf.config.model_type == "rwkv" and hf.rwkv.training == hf.rwkv.layers_are_rescaled:
+        hf.rwkv._rescale_layers()  # as its next forward would
+    now = [(parameter.data_ptr(), parameter._version) for parameter in hf.parameters()]
+    before, mark = _MARKS.get(hf, (None, ""))
+    if before != now:
+        sums = []
+        for parameter in hf.parameters():
+            bits = parameter.detach().flatten().view(INTEGERS[parameter.element_size()])
+            sums += [bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)]
+        mark = hashlib.sha256(torch.stack([value.cpu() for value in sums]).numpy().tobytes()).hexdigest()[:16]
+        _MARKS[hf] = (now, mark)
+    return mark

@@ -122,12 +122,13 @@ def test_edits_while_decoding_reach_the_cache(model: cb.Model) -> None:
 
 
 def test_edits_of_y_while_decoding_reach_the_logits(model: cb.Model) -> None:
+    step = {"position_ids": torch.tensor([[LENGTH - 1]]), "use_cache": True}
     with torch.no_grad():
         out = model.hf(IDS[:, :-1], use_cache=True)
-        with model.trace(IDS[:, -1:], past_key_values=out.past_key_values, use_cache=True):
+        with model.trace(IDS[:, -1:], past_key_values=out.past_key_values, **step):
             gated = model.layers[0].ssm.gated.save()
         out = model.hf(IDS[:, :-1], use_cache=True)
-        with model.trace(IDS[:, -1:], past_key_values=out.past_key_values, use_cache=True):
+        with model.trace(IDS[:, -1:], past_key_values=out.past_key_values, **step):
             model.layers[0].ssm.y[:, :, 1] = 0
             without = model.layers[0].ssm.gated.save()
     width = gated.shape[-1] // model.layers[0].ssm._envoy._module.D.shape[0] if model.architecture == "zamba" else 8

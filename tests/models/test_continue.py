@@ -112,8 +112,14 @@ def test_the_state_of_another_prompt_put_in_is_an_edit_of_the_state_in_one_run(w
         pytest.skip("no recurrent state")
     name = whole.scans()[-1]
     other = cb.run_prefix(whole.model, IDS[:, :PREFIX].flip(1))[name] * 5  # so that it shows
-    found = cb.continue_from(whole.model, whole.state.edited({name: other}), IDS[:, PREFIX:]).logits
     column, view = whole.model.meta_tokens + PREFIX - 1, whole.model.layers[int(name.split(".")[1])].ssm
+    changes = {name: other}
+    if "scale" in view.sites:  # numbers in this prompt's unit
+        unit = name.replace(".state", ".scale")
+        with pytest.raises(cb.BadInput, match="give both"):
+            whole.state.edited(changes)
+        changes[unit] = whole.state[unit]
+    found = cb.continue_from(whole.model, whole.state.edited(changes), IDS[:, PREFIX:]).logits
     with torch.no_grad():
         with whole.model.trace(IDS):
             view.edit_state({column: other}, when="after_read", states=False)
@@ -280,9 +286,21 @@ def test_a_state_of_another_model_is_refused(mamba: Whole, tmp_path: Path) -> No
     refused(load("mamba", state_size=4), "a mamba of another configuration")
     refused(load("mamba", torch.float64), "is of a model in torch.float32, and the model is in torch.float64")
     refused(cb.load_model(random_model(ARCHITECTURES["mamba"], seed=1)), "a mamba with other weights")
+    changed = load("mamba")
+    assert cb.continue_from(changed, mamba.state, [[5], [6]]).lengths.tolist() == [1, 1]
+    with torch.no_grad():
+        changed.hf.get_parameter("backbone.layers.1.mixer.D")[7] += 1
+    refused(changed, "a mamba with other weights")
     plain("mamba").save_pretrained(tmp_path)
     found = cb.continue_from(cb.load_model(tmp_path), mamba.state, IDS[:, PREFIX:])  # the same model, from its folder
     assert relative(found.logits, mamba.logits[:, PREFIX:]) < CLOSE
+
+
+def test_a_state_of_rwkv_fits_a_model_that_has_not_run_yet() -> None:
+    """Its first forward rescales the weights."""
+    whole = whole_of("rwkv")
+    found = cb.continue_from(load("rwkv"), whole.state, IDS[:, PREFIX:])
+    assert relative(found.logits, whole.logits[:, PREFIX:]) < CLOSE
 
 
 def test_a_file_that_is_no_state_is_refused(mamba: Whole, tmp_path: Path) -> None:
