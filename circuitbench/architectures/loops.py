@@ -18,8 +18,6 @@ from .scans import Call, Scan, cloned, discretised
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..models.spots import Visit
-
 
 class Loop:
     """Where a scan's loop stands.
@@ -58,7 +56,7 @@ class S6HeadsScan(Scan):
         Loop(given, "/mamba_selective_state_update_0", each_head=True),
     )
 
-    def loop(self, now: Visit) -> Loop:
+    def loop(self, now: Any) -> Loop:
         return self.loops[1 if now.decoding else 0]
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:
@@ -117,7 +115,7 @@ class LightningScan(Scan):
         ),
     )
 
-    def loop(self, now: Visit) -> Loop:
+    def loop(self, now: Any) -> Loop:
         return self.loops[1 if now.cached else 0]
 
     def read(self, args: tuple, kwargs: dict, decoding: bool) -> Call:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ..models.spots import Visit
     from .loops import Loop
 
 
@@ -106,8 +105,9 @@ class Scan:
     operand_names: tuple[str, ...] = ()
     loops: tuple[Loop, ...] = ()
 
-    def loop(self, now: Visit) -> Loop | None:
-        """The loop that runs in this call of the part."""
+    def loop(self, now: Any) -> Loop | None:
+        """The loop that runs in this call of the part: `now.cached` says whether it goes on from a cached state,
+        `now.decoding` whether with one token."""
         return None
 
     def pack_head(self, call: Call, head: int, y: Tensor, state: Tensor | None, args: tuple, kwargs: dict) -> Any:

@@ -119,6 +119,8 @@ def prepared(
         hf = moved(hf, device)
     if isinstance(source, PreTrainedModel) and dtype is not None:
         hf = hf.to(dtype)
+    if hf.dtype == torch.float64 and getattr(hf.config, "_experts_implementation", None) is not None:
+        hf.set_experts_implementation("eager")  # transformers' grouped product of experts has no double precision
     kernels.allow_gradients(hf)
     kernels.run_whole(hf)
     return hf.eval(), tokenizer_of(tokenizer)
