@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .load import load_model
 from .model import Model
-from .state import State, load_state, run_prefix
+from .prefix import run_prefix
+from .state import State, load_state
 
 __all__ = ["Model", "State", "load_model", "load_state", "run_prefix"]

@@ -1,6 +1,6 @@
 """What a model keeps between two forwards, by name: read out of its cache, and put into the cache of another run.
 
-Every family keeps its past in its own way; `state.kind_of` finds the adapter. The names are those of the sites where
+Every family keeps its past in its own way; `prefix.kind_of` finds the adapter. The names are those of the sites where
 there is a site, and the tensors have its layout without the axis of positions:
 
     layers.3.ssm.state        the recurrent state

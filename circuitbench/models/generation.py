@@ -12,21 +12,10 @@ from ..errors import BadInput
 from .guards import REORDERED
 from .jobs import Pending, check_place
 from .lock import lock_of
+from .prefix import advanced, by_length, by_row, check_fits, fitted, kind_of, limits, picked, started, starting_from
 from .prompts import Batch, check_length, check_padding, encode, padding_leak
 from .starting import Start
-from .state import (
-    State,
-    advanced,
-    by_length,
-    by_row,
-    check_fits,
-    fitted,
-    kind_of,
-    limits,
-    picked,
-    started,
-    starting_from,
-)
+from .state import State
 
 if TYPE_CHECKING:
     from .model import Model

@@ -1,7 +1,7 @@
 """A run that starts from a state: what is done to it, from the inside, so that it goes on as the whole prompt would.
 
-An edit of nnsight (see `state.started`) comes before every other block of the run. It gives the model's forward a cache
-that holds the state, and puts right what transformers leaves out where a run goes on from a cache: S6 scans and
+An edit of nnsight (see `prefix.started`) comes before every other block of the run. It gives the model's forward a
+cache that holds the state, and puts right what transformers leaves out where a run goes on from a cache: S6 scans and
 RecurrentGemma's convolution that start again from zero, and limits of dt that single steps do not apply.
 
 Travels to remote servers by value (see `events`).

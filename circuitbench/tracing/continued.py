@@ -12,21 +12,10 @@ import torch.nn.functional as F
 
 from ..models.jobs import check_place
 from ..models.lock import lock_of
+from ..models.prefix import apart, by_length, by_row, check_fits, fitted, followed, picked, started, starting_from
 from ..models.prompts import Batch, check_length, encode
 from ..models.starting import taken
-from ..models.state import (
-    State,
-    apart,
-    by_length,
-    by_row,
-    check_fits,
-    fitted,
-    followed,
-    in_order,
-    picked,
-    started,
-    starting_from,
-)
+from ..models.state import State, in_order
 from .addresses import resolve
 from .apply import run_plan
 from .forward import planned

@@ -21,9 +21,9 @@ from transformers import DynamicCache
 
 import circuitbench as cb
 from circuitbench.architectures import ARCHITECTURES
+from circuitbench.models.prefix import limits
 from circuitbench.models.prompts import UNMASKED
 from circuitbench.models.random import random_model
-from circuitbench.models.state import limits
 from circuitbench.tracing import Add, Scale, capture, generate_text, hold, intervene
 from circuitbench.tracing.addresses import axes_by_address
 from tests.architectures.cases import load, plain, relative

@@ -8,8 +8,8 @@ import torch
 
 from ...architectures import ARCHITECTURES
 from ...models import kernels
+from ...models.prefix import kind_of
 from ...models.prompts import takes_position_ids
-from ...models.state import kind_of
 from ...recurrences import recurrence_of
 from .blocks import disturbed, same_states, scans, state_edit
 from .live import Failure, guarded, relative
