@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .base import Architecture, Part, Site
 from .function_scan import FunctionScan
-from .registry import ARCHITECTURES, architecture_of, language_model_type, register
+from .registry import ARCHITECTURES, architecture_of, families_like, language_model_type, register
 
 __all__ = [
     "ARCHITECTURES",
@@ -13,6 +13,7 @@ __all__ = [
     "Part",
     "Site",
     "architecture_of",
+    "families_like",
     "language_model_type",
     "register",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING
 
 from transformers import CONFIG_MAPPING
@@ -57,6 +58,15 @@ def language_model_type(model_type: str) -> str:
     return getattr(parts.get("text_config"), "model_type", model_type)
 
 
+def families_like(name: str) -> str:
+    """How many maps there are, and those with names like this one, for an error."""
+    near = difflib.get_close_matches(name, ARCHITECTURES, 4, 0.0)
+    return (
+        f"maps for {len(ARCHITECTURES)} families, with names like this {', '.join(near)} (all of them: "
+        "sorted(circuitbench.architectures.ARCHITECTURES))"
+    )
+
+
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The map for a Hugging Face configuration, or for its text part.
 
@@ -66,8 +76,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     model_type = language_model_type(config.model_type)
     if model_type not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"No architecture map for model_type {config.model_type!r}; there are maps for "
-            f"{', '.join(sorted(ARCHITECTURES))}. Add yours with circuitbench.register_architecture(Architecture(...))."
+            f"No architecture map for model_type {config.model_type!r}; there are {families_like(model_type)}. "
+            "Add yours with circuitbench.register_architecture(Architecture(...))."
         )
     return ARCHITECTURES[model_type]
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..architectures import ARCHITECTURES, Architecture, architecture_of, language_model_type
+from ..architectures import ARCHITECTURES, Architecture, architecture_of, families_like, language_model_type
 from ..architectures.base import find_module
 from ..errors import BadInput, UnsupportedModel, VersionMismatch
 from . import guards, kernels, raw_checkpoints, remote, zoo
@@ -224,7 +224,7 @@ def from_name(
         family = language_model_type(rest)
         if family not in ARCHITECTURES:
             raise UnsupportedModel(
-                f"random:{rest} is not a family there is a map for; there are {', '.join(sorted(ARCHITECTURES))}."
+                f"random:{rest} is not a family there is a map for; there are {families_like(rest)}."
             )
         return random_model(ARCHITECTURES[family], dtype=dtype or torch.float32), tokenizer
     if scheme == "zoo":
