@@ -39,7 +39,8 @@ INTRODUCTION = """
 {families} families have maps. `python scripts/architectures.py` wrote this page, from the maps and from a live
 `circuitbench check random:<family>` of each: {made:,} checks hold, with {names}. `circuitbench check MODEL` does the
 same on yours; [architecture.md](architecture.md) says how to add a family. Mamba-3 is not among them: this transformers
-has no such model, and mamba-ssm (2.3.2) has the layer but no language model of it, nor code that runs without its kernels.
+has no such model, and mamba-ssm (2.3.2) has the layer but no language model of it, nor code that runs without its
+kernels.
 """
 MEASUREMENTS = """
 The largest difference over all sites of a tiny random model in float32, relative to the largest number: a site's own
