@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from circuitbench.dictionaries import evaluation, features, losses
-from circuitbench.dictionaries.base import Dictionary, build, from_weights
+from circuitbench.dictionaries.base import KINDS, Dictionary
+from circuitbench.dictionaries.batchtopk import BatchTopK
+from circuitbench.dictionaries.building import build, from_weights
 from circuitbench.dictionaries.files import load_dictionary
 from circuitbench.dictionaries.on_model import Evaluation, Windows, evaluate, feature_examples, train_on_text, train_sae
 from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.dictionaries.topk import TopK
-from circuitbench.dictionaries.training import TrainResult, train
+from circuitbench.dictionaries.training import TrainResult, train, train_many
 
 __all__ = [
+    "KINDS",
+    "BatchTopK",
     "Dictionary",
     "Evaluation",
     "SparseCode",
@@ -26,6 +30,7 @@ __all__ = [
     "load_dictionary",
     "losses",
     "train",
+    "train_many",
     "train_on_text",
     "train_sae",
 ]

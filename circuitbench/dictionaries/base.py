@@ -1,8 +1,10 @@
-"""What every dictionary is: an encoder, a decoder and the site it was trained on; and how to build one by its kind."""
+"""What every dictionary is: an encoder, a decoder, and the sites it reads and reconstructs."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +17,7 @@ from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.errors import BadInput
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 KINDS: dict[str, type[Dictionary]] = {}
 
@@ -24,39 +26,113 @@ KINDS: dict[str, type[Dictionary]] = {}
 _SEED_SALT = 0x5AE_D1C7
 
 
+@dataclass
+class Step:
+    """What a training step tells the dictionary besides the data.
+
+    Attributes:
+        progress: share of the run that is done, 0 to 1.
+        dead: features that count as dead.
+        options: the kind's `training_options`, as they are at this step: sparsity weights with their schedule applied.
+        decoder_norm: how the length of decoder rows is handled: "unit", "tangent" or "free".
+        memory: what the kind remembers from step to step; checkpoints hold it.
+    """
+
+    progress: float
+    dead: Int[Tensor, " n_dead"]
+    options: Mapping[str, Any]
+    decoder_norm: str = "unit"
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Objective:
+    """What a step makes small, and what it saw.
+
+    Attributes:
+        loss: to be differentiated. Data have unit variance while training, so a squared error is a share of variance.
+        reconstruction: of the target.
+        code: the activations behind it.
+        parts: terms of the loss by name, without their weights.
+    """
+
+    loss: Float[Tensor, ""]
+    reconstruction: Float[Tensor, "n d_out"]
+    code: SparseCode
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Dictionary(nn.Module, ABC):
-    """A sparse decomposition of one site: x ≈ encode(x) @ W_dec + b_dec.
+    """A sparse decomposition of a site: x ≈ encode(x) @ W_dec + b_dec.
+
+    A *transcoder* reads one site and reconstructs another: y ≈ encode(x) @ W_dec + b_dec, plus x @ W_skipᵀ where it has
+    a skip. A *crosscoder* reads and reconstructs several sites at once, one after the other in one row (`blocks`).
 
     Attributes:
         W_enc: `(d_in, d_dict)`; in memory feature by feature, as the sparse products read it.
         b_enc: `(d_dict,)`.
         W_dec: `(d_dict, d_out)`, one direction a row.
-        b_dec: `(d_out,)`, subtracted from the input as well.
-        site: the address it was trained on, such as `layers.3.ssm.gated`, if known.
+        b_dec: `(d_out,)`; subtracted from the input as well, except in transcoders.
+        W_skip: `(d_out, d_in)`, in transcoders with a skip.
+        transcodes: whether what is reconstructed is another tensor than what is read.
+        blocks: address -> width, in order, of a crosscoder's sites; empty in others.
+        site: the address it reads, such as `layers.3.ssm.gated`, if known.
+        site_out: the address it reconstructs; the same, except in transcoders.
         model_name: the model it was trained on, if known.
+        metadata: what else is recorded with it: its evaluation, the text it was trained on. Saved as JSON.
     """
 
     kind: ClassVar[str]
     settings_names: ClassVar[tuple[str, ...]] = ()  # what `build` takes and `save` keeps besides the sizes
+    # What `train` takes for this kind only, with defaults: sparsity weights, bandwidths, …
+    training_options: ClassVar[Mapping[str, Any]] = {}
+    # Parameters and buffers in the units of the activations: they grow with the scale of the data.
+    activation_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
 
-    def __init__(self, *, d_in: int, d_dict: int, dtype: torch.dtype = torch.float32, seed: int = 0):
+    W_skip: nn.Parameter | None
+
+    def __init__(
+        self,
+        *,
+        d_in: int,
+        d_dict: int,
+        d_out: int | None = None,
+        skip: bool = False,
+        blocks: Mapping[str, int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
         super().__init__()
-        if d_in < 1 or d_dict < 1:
-            raise BadInput(f"d_in={d_in} and d_dict={d_dict} were given; both must be at least 1.")
+        if d_in < 1 or d_dict < 1 or (d_out is not None and d_out < 1):
+            raise BadInput(f"d_in={d_in}, d_dict={d_dict}, d_out={d_out} were given; each must be at least 1.")
         if not dtype.is_floating_point:
             raise BadInput(f"dtype={dtype} was given; a dictionary needs a floating-point one, such as torch.float32.")
+        self.transcodes = d_out is not None or skip
+        self.blocks = dict(blocks or {})
+        if self.blocks and (self.transcodes or sum(self.blocks.values()) != d_in):
+            raise BadInput(
+                f"blocks={self.blocks} were given with d_in={d_in}, d_out={d_out}; a crosscoder's widths add up to "
+                "d_in, and it has no d_out and no skip of its own."
+            )
+        d_out = d_in if d_out is None else d_out
         generator = torch.Generator().manual_seed(seed ^ _SEED_SALT)
         directions = F.normalize(torch.randn(d_dict, d_in, generator=generator), dim=1).to(dtype)
         self.W_enc = nn.Parameter(directions.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_dict, dtype=dtype))
+        if self.transcodes:  # what is read and what is written have nothing to do with each other: not tied
+            directions = F.normalize(torch.randn(d_dict, d_out, generator=generator), dim=1).to(dtype)
         self.W_dec = nn.Parameter(directions)
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_out, dtype=dtype))
+        self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, dtype=dtype)) if skip else None
         self.site: str | None = None
+        self.site_out: str | None = None
         self.model_name: str | None = None
+        self.metadata: dict[str, Any] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
-        KINDS[cls.kind] = cls
+        if "kind" in cls.__dict__:
+            KINDS[cls.kind] = cls
 
     @property
     def d_in(self) -> int:
@@ -78,12 +154,26 @@ class Dictionary(nn.Module, ABC):
         """What distinguishes this dictionary from others of its kind and size, such as `{"k": 32}`."""
         return {name: getattr(self, name) for name in self.settings_names}
 
+    @property
+    def b_in(self) -> Float[Tensor, " d_in"] | None:
+        """What is subtracted from the input: b_dec, and nothing in transcoders."""
+        return None if self.transcodes else self.b_dec
+
     @abstractmethod
+    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        """The code of each row as its active features, differentiable once in x and the parameters."""
+
+    @abstractmethod
+    def objective(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], step: Step) -> Objective:
+        """What training makes small on these rows, in the kind's own training form."""
+
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_dict"]:
         """The activation of every feature, in the dictionary's dtype."""
+        rows = self._checked(x).reshape(-1, self.d_in)
+        return self.encode_sparse(rows).to_dense().reshape(*x.shape[:-1], self.d_dict)
 
     def decode(self, features: Float[Tensor, "*batch d_dict"] | SparseCode) -> Float[Tensor, "*batch d_out"]:
-        """features @ W_dec + b_dec; of a sparse code, at the cost of its non-zeros."""
+        """features @ W_dec + b_dec; of a sparse code, at the cost of its non-zeros. Without a transcoder's skip."""
         if isinstance(features, SparseCode):
             return sparse.decode(features, self.W_dec) + self.b_dec
         if features.shape[-1] != self.d_dict:
@@ -92,14 +182,70 @@ class Dictionary(nn.Module, ABC):
             )
         return features @ self.W_dec + self.b_dec
 
+    def reconstruct(self, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[Tensor, "n d_out"]:
+        """What a code of x stands for: decode(code), plus the skip."""
+        decoded = self.decode(code)
+        return decoded if self.W_skip is None else decoded + x @ self.W_skip.T
+
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction of x, in x's dtype."""
-        return self.decode(self.encode(x)).to(x.dtype)
+        """The reconstruction of x, or of what a transcoder makes of it, in x's dtype."""
+        rows = self._checked(x).reshape(-1, self.d_in)
+        return self.reconstruct(rows, self.encode_sparse(rows)).reshape(*x.shape[:-1], self.d_out).to(x.dtype)
+
+    def preactivations(
+        self, x: Float[Tensor, "n d_in"], features: Int[Tensor, " some"] | None = None
+    ) -> Float[Tensor, "n some"]:
+        """x @ W_enc + b_enc (x − b_dec, where that is subtracted), of all features or of those listed."""
+        W_enc, b_enc = (
+            (self.W_enc, self.b_enc) if features is None else (self.W_enc.T[features].T, self.b_enc[features])
+        )
+        x = self._checked(x)
+        return torch.addmm(b_enc, x if self.b_in is None else x - self.b_in, W_enc)
+
+    @torch.no_grad()
+    def start_at(self, mean: Float[Tensor, " d_in"], target_mean: Float[Tensor, " d_out"]) -> None:
+        """Before training: b_dec is the data's mean, and a transcoder's encoder sees its input without the mean."""
+        self.b_dec.copy_(target_mean)
+        if self.transcodes:
+            self.b_enc.copy_(-(mean.to(self.W_enc) @ self.W_enc))
+
+    @torch.no_grad()
+    def after_step(self, objective: Objective, step: Step) -> None:
+        """After an optimizer step: what the kind keeps running, such as a threshold."""
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every row of `W_dec` to length 1."""
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+    @torch.no_grad()
+    def fold_decoder_norm(self) -> None:
+        """Scale every row of `W_dec` to length 1 and its feature's activations by what it had: the same function."""
+        norm = self.W_dec.norm(dim=1).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+        self.W_dec /= norm[:, None]
+        self._scale_activations(norm)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: Float[Tensor, "*d_in"], target_scale: Float[Tensor, "*d_out"]) -> None:
+        """From a dictionary of x / scale and target / target_scale, make that of x and target.
+
+        Args:
+            scale: one number, or one for each component.
+            target_scale: the same for what is reconstructed. Decoder rows keep their length if it is one number.
+        """
+        unit = target_scale.mean().to(self.W_dec)
+        self.W_enc /= scale.to(self.W_enc).expand(self.d_in)[:, None]
+        if self.W_skip is not None:
+            self.W_skip.data *= target_scale.to(self.W_skip).expand(self.d_out)[:, None] / scale.to(self.W_skip)
+        self.W_dec *= target_scale.to(self.W_dec) / unit
+        self.b_dec *= target_scale.to(self.b_dec)
+        self._scale_activations(unit.expand(self.d_dict))
+
+    def _scale_activations(self, factor: Float[Tensor, " d_dict"]) -> None:
+        self.W_enc *= factor
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if name in self.activation_units:
+                tensor *= factor
 
     def save(self, path: str | Path) -> None:
         """Write `cfg.json` and `sae_weights.safetensors`, SAELens' layout, into the folder `path`, made if need be."""
@@ -109,8 +255,12 @@ class Dictionary(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         settings = "".join(f", {name}={value}" for name, value in self.settings.items())
+        d_out = f", d_out={self.d_out}" if self.transcodes else ""
+        skip = ", skip=True" if self.W_skip is not None else ""
         site = f", site={self.site!r}" if self.site else ""
-        return f"d_in={self.d_in}, d_dict={self.d_dict}{settings}{site}"
+        site_out = f", site_out={self.site_out!r}" if self.site_out and self.transcodes else ""
+        blocks = f", blocks={self.blocks}" if self.blocks else ""
+        return f"d_in={self.d_in}, d_dict={self.d_dict}{d_out}{skip}{settings}{site}{site_out}{blocks}"
 
     def _checked(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -118,57 +268,3 @@ class Dictionary(nn.Module, ABC):
         if x.shape[-1:] != (self.d_in,):
             raise BadInput(f"x has shape {tuple(x.shape)}; the last axis must be d_in = {self.d_in}.")
         return x.to(self.W_enc.dtype)
-
-
-def build(
-    kind: str, *, d_in: int, d_dict: int, dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any
-) -> Dictionary:
-    """A new dictionary with unit-length random directions, encoder and decoder tied, biases 0.
-
-    Args:
-        kind: "topk".
-        d_in: size of the activations.
-        d_dict: number of features.
-        dtype: of the parameters.
-        seed: of the directions.
-        **settings: what the kind asks for; "topk": `k`, the number of features that may be active at once.
-
-    Raises:
-        BadInput: unknown kind, a setting it lacks or does not have, or a value out of range.
-    """
-    if kind not in KINDS:
-        raise BadInput(f"kind={kind!r} is not a kind of dictionary; there are: {', '.join(map(repr, sorted(KINDS)))}.")
-    cls = KINDS[kind]
-    if set(settings) != set(cls.settings_names):
-        raise BadInput(
-            f"a dictionary of kind {kind!r} takes the settings {', '.join(cls.settings_names) or 'none'}; "
-            f"given: {', '.join(settings) or 'none'}."
-        )
-    return cls(d_in=d_in, d_dict=d_dict, dtype=dtype, seed=seed, **settings)
-
-
-def from_weights(
-    kind: str,
-    *,
-    W_enc: Float[Tensor, "d_in d_dict"],
-    W_dec: Float[Tensor, "d_dict d_out"],
-    b_enc: Float[Tensor, " d_dict"] | None = None,
-    b_dec: Float[Tensor, " d_out"] | None = None,
-    **settings: Any,
-) -> Dictionary:
-    """A dictionary that holds copies of these weights; biases left out are 0. BadInput if a shape does not fit."""
-    d_in, d_dict = W_enc.shape
-    dictionary = build(kind, d_in=d_in, d_dict=d_dict, dtype=W_enc.dtype, **settings)
-    given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
-    with torch.no_grad():
-        for name, parameter in dictionary.named_parameters():
-            tensor = given[name]
-            if tensor is None:
-                continue
-            if tensor.shape != parameter.shape:
-                raise BadInput(
-                    f"{name} has shape {tuple(tensor.shape)}; "
-                    f"with W_enc {tuple(W_enc.shape)} it must be {tuple(parameter.shape)}."
-                )
-            parameter.copy_(tensor)
-    return dictionary.to(W_enc.device)

@@ -6,22 +6,20 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from circuitbench.dictionaries.files import load_dictionary, write_safetensors, write_text
 from circuitbench.errors import BadInput
 
 if TYPE_CHECKING:
-    from circuitbench.dictionaries.training import Run, TrainResult
+    from circuitbench.dictionaries.base import Dictionary
+    from circuitbench.dictionaries.run import History, Run
 
 CHECKPOINT = "checkpoint.safetensors"
 FINISHED = "training.json"
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-def begin(folder: Path, settings: dict[str, Any], run: Run) -> None:
+def begin(folder: Path, run: Run) -> None:
     """Make the folder ready for a new run, and write its step 0, so that it can be resumed from then on."""
     if (folder / CHECKPOINT).exists() and not (folder / FINISHED).exists():
         raise BadInput(
@@ -31,22 +29,18 @@ def begin(folder: Path, settings: dict[str, Any], run: Run) -> None:
         raise BadInput(f"out={str(folder)!r} is a file; give a folder, which is made if need be.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FINISHED).unlink(missing_ok=True)
-    save(folder, settings, run)
+    save(folder, run)
 
 
-def save(folder: Path, settings: dict[str, Any], run: Run) -> None:
+def save(folder: Path, run: Run) -> None:
     """Write the checkpoint, whole or not at all."""
-    tensors = {"rows_since_active": run.rows_since_active}
-    for name, parameter in run.dictionary.named_parameters():
-        tensors[name] = parameter.detach()
-        state = run.optimizer.state.get(parameter, {})
-        tensors |= {f"{name}.{moment}": state[moment] for moment in _MOMENTS if moment in state}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"step": str(run.step), "settings": json.dumps(settings), "history": json.dumps(run.history)}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in run.tensors().items()}
+    settings = json.dumps(run.recipe.to_dict())
+    metadata = {"step": str(run.step), "settings": settings, "history": json.dumps(run.history)}
     write_safetensors(folder / CHECKPOINT, tensors, metadata)
 
 
-def load(folder: Path, settings: dict[str, Any], run: Run) -> None:
+def load(folder: Path, run: Run) -> None:
     """Put the checkpoint into `run`, if it is one of the same settings and activations."""
     path = folder / CHECKPOINT
     if not path.is_file():
@@ -54,20 +48,16 @@ def load(folder: Path, settings: dict[str, Any], run: Run) -> None:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            _check_same(json.loads(metadata["settings"]), settings, folder)
-            run.step, run.history = int(metadata["step"]), json.loads(metadata["history"])
-            run.rows_since_active.copy_(file.get_tensor("rows_since_active"))
-            for name, parameter in run.dictionary.named_parameters():
-                parameter.data.copy_(file.get_tensor(name))
-                if run.step:
-                    moments = {m: torch.zeros_like(parameter).copy_(file.get_tensor(f"{name}.{m}")) for m in _MOMENTS}
-                    step = torch.tensor(float(run.step), device=parameter.device)
-                    run.optimizer.state[parameter] = {"step": step, **moments}
+            check_same(json.loads(metadata["settings"]), run.recipe.to_dict(), folder)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise BadInput(f"{path} is damaged ({error}); delete it and start without resume=True.") from error
+    run.restore(tensors, int(metadata["step"]), json.loads(metadata["history"]))
 
 
-def _check_same(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
+def check_same(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
+    """Refuse to go on with other settings."""
+    given = json.loads(json.dumps(given))
     differing = [name for name in given if saved.get(name) != given[name]]
     if differing:
         listed = ", ".join(f"{name} = {saved.get(name)!r}, now {given[name]!r}" for name in differing)
@@ -76,10 +66,11 @@ def _check_same(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> N
         )
 
 
-def finish(folder: Path, result: TrainResult) -> None:
+def finish(folder: Path, dictionary: Dictionary, run: Run) -> None:
     """Write the dictionary and the record of the run; the checkpoint is no longer needed."""
-    result.dictionary.save(folder)
-    write_text(folder / FINISHED, json.dumps({"settings": result.settings, "history": result.history}, indent=1) + "\n")
+    dictionary.save(folder)
+    record = {"settings": run.recipe.to_dict(), "history": run.history}
+    write_text(folder / FINISHED, json.dumps(record, indent=1) + "\n")
     (folder / CHECKPOINT).unlink()
 
 
@@ -87,14 +78,11 @@ def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds the end of a run, which must then be one of these settings."""
     if not (folder / FINISHED).is_file():
         return False
-    _check_same(json.loads((folder / FINISHED).read_text(encoding="utf-8"))["settings"], settings, folder)
+    check_same(json.loads((folder / FINISHED).read_text(encoding="utf-8"))["settings"], settings, folder)
     return True
 
 
-def load_finished(folder: Path) -> TrainResult:
-    """The result of a run that had nothing left to do."""
-    from circuitbench.dictionaries.training import TrainResult
-
+def load_finished(folder: Path) -> tuple[Dictionary, History]:
+    """The dictionary and the history of a run that had nothing left to do."""
     record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-    dictionary = load_dictionary(folder).requires_grad_(False).eval()
-    return TrainResult(dictionary, record["history"], record["settings"]["steps"], True, 0.0, record["settings"])
+    return load_dictionary(folder).requires_grad_(False).eval(), record["history"]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from circuitbench.dictionaries.topk import TopK
+from circuitbench.dictionaries.base import Dictionary, Objective, Step
+from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.errors import BadInput
 
 if TYPE_CHECKING:
@@ -19,22 +20,41 @@ def squared_error(x: Float[Tensor, "n d"], reconstruction: Float[Tensor, "n d"])
     return (x - reconstruction).pow(2).sum(1).mean()
 
 
+def error_and_auxk(
+    dictionary: Dictionary,
+    x: Float[Tensor, "n d_in"],
+    target: Float[Tensor, "n d_out"],
+    code: SparseCode,
+    step: Step,
+) -> Objective:
+    """The squared error as a share of variance, plus `auxk_weight` · AuxK: what kinds with a fixed L0 make small."""
+    reconstruction = dictionary.reconstruct(x, code)
+    fvu = squared_error(target, reconstruction) / dictionary.d_out
+    parts, loss = {"fvu": fvu.detach()}, fvu
+    if len(step.dead) and step.options["auxk_weight"]:
+        aux = auxk(dictionary, x, step.dead, target=target, reconstruction=reconstruction.detach())
+        parts["auxk"], loss = aux.detach(), loss + step.options["auxk_weight"] * aux
+    return Objective(loss, reconstruction.detach(), code.detach(), parts)
+
+
 def auxk(
-    dictionary: TopK,
+    dictionary: Dictionary,
     x: Float[Tensor, "n d_in"],
     dead: Bool[Tensor, " d_dict"] | Int[Tensor, " n_dead"],
     *,
-    reconstruction: Float[Tensor, "n d_in"] | None = None,
+    target: Float[Tensor, "n d_out"] | None = None,
+    reconstruction: Float[Tensor, "n d_out"] | None = None,
     k_aux: int | None = None,
 ) -> Float[Tensor, ""]:
     """AuxK (Gao et al. 2024, arXiv:2406.04093, A.2): how badly the dead features explain what the live ones leave over.
 
-    What is left over, x − reconstruction, is a constant: the gradient reaches the encoder and the decoder of the dead
-    features, and `b_dec`.
+    What is left over, target − reconstruction, is a constant: the gradient reaches the encoder and the decoder of the
+    dead features, and `b_dec`.
 
     Args:
         dead: a mask over features, or their indices.
-        reconstruction: of x by the dictionary; computed where it is not given.
+        target: what is reconstructed: x itself, where it is not given.
+        reconstruction: of the target by the dictionary; computed where it is not given.
         k_aux: how many dead features may be active on a row: d_in / 2 where it is not given, as in the paper.
 
     Returns:
@@ -48,7 +68,7 @@ def auxk(
     if len(dead) == 0:
         return x.new_zeros(())
     with torch.no_grad():
-        left_over = x - (dictionary(x) if reconstruction is None else reconstruction)
+        left_over = (x if target is None else target) - (dictionary(x) if reconstruction is None else reconstruction)
         variance = (left_over - left_over.mean(0)).pow(2).sum()
     k_aux = min(dictionary.d_in // 2 if k_aux is None else k_aux, len(dead))
     values = dictionary.preactivations(x, dead)

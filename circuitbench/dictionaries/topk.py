@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from circuitbench.dictionaries import sparse
-from circuitbench.dictionaries.base import Dictionary
+from circuitbench.dictionaries import losses
+from circuitbench.dictionaries.base import Dictionary, Objective, Step
+from circuitbench.dictionaries.selection import top_k
+from circuitbench.dictionaries.sparse import SparseCode, Support, preactivations
 from circuitbench.errors import BadInput
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
 
 class TopK(Dictionary):
@@ -20,32 +23,40 @@ class TopK(Dictionary):
 
     kind: ClassVar[str] = "topk"
     settings_names: ClassVar[tuple[str, ...]] = ("k",)
+    training_options: ClassVar[Mapping[str, Any]] = {"auxk_weight": 1 / 32}
 
-    def __init__(self, *, d_in: int, d_dict: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0):
-        super().__init__(d_in=d_in, d_dict=d_dict, dtype=dtype, seed=seed)
-        if not 1 <= k <= d_dict:
-            raise BadInput(f"k={k} was given; it must lie between 1 and d_dict = {d_dict}.")
-        self.k = k
+    def __init__(self, *, k: int, **sizes: Any):
+        super().__init__(**sizes)
+        self.k = checked_k(k, self.d_dict)
 
-    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> sparse.SparseCode:
-        """The code of each row as its k features and their activations, differentiable once in x and the parameters."""
-        return sparse.encode_top_k(self._checked(x), self.W_enc, self.b_enc, self.b_dec, self.k)
+    def encode_sparse(self, x: Float[Tensor, "n d_in"], weights: Tensor | None = None) -> SparseCode:
+        """The k features of each row and their activations, differentiable once in x and the parameters.
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_dict"]:
-        """The activation of every feature, in the dictionary's dtype."""
-        rows = self._checked(x).reshape(-1, self.d_in)
-        return self.encode_sparse(rows).to_dense().reshape(*x.shape[:-1], self.d_dict)
+        Args:
+            weights: `(d_dict,)`; features are chosen by weight · pre-activation, where given.
+        """
+        x = self._checked(x)
+        with torch.no_grad():
+            # Selecting before the relu gives the same code, and a top-k over values without ties at 0 is faster.
+            scores = self.preactivations(x)
+            if weights is not None:
+                indices = top_k(scores * weights, self.k)[1]
+                values = scores.gather(1, indices)
+            else:
+                values, indices = top_k(scores, self.k)
+        support = Support.of_indices(indices, self.d_dict)
+        values = preactivations(x, self.W_enc, self.b_enc, self.b_in, values.flatten(), support)
+        return SparseCode(values.relu(), support)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction of x, in x's dtype."""
-        rows = self._checked(x).reshape(-1, self.d_in)
-        return self.decode(self.encode_sparse(rows)).reshape(*x.shape[:-1], self.d_out).to(x.dtype)
+    def objective(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], step: Step) -> Objective:
+        """The squared error, and AuxK for the dead features."""
+        weights = self.W_dec.detach().norm(dim=1) if step.decoder_norm == "free" else None
+        code = self.encode_sparse(x, weights)
+        return losses.error_and_auxk(self, x, target, code, step)
 
-    def preactivations(
-        self, x: Float[Tensor, "n d_in"], features: Int[Tensor, " some"] | None = None
-    ) -> Float[Tensor, "n some"]:
-        """(x − b_dec) @ W_enc + b_enc, of all features or of those listed."""
-        W_enc, b_enc = (
-            (self.W_enc, self.b_enc) if features is None else (self.W_enc.T[features].T, self.b_enc[features])
-        )
-        return torch.addmm(b_enc, self._checked(x) - self.b_dec, W_enc)
+
+def checked_k(k: int, d_dict: int) -> int:
+    """k, if there can be so many active features."""
+    if not 1 <= k <= d_dict:
+        raise BadInput(f"k={k} was given; it must lie between 1 and d_dict = {d_dict}.")
+    return k

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from circuitbench import dictionaries
-from circuitbench.dictionaries import sparse
+from circuitbench.dictionaries import selection, sparse
 
 N, D_IN, D_DICT, K = 40, 12, 96, 5
 
@@ -68,8 +68,36 @@ def test_products_need_no_mkl(tensors: dict[str, Tensor]) -> None:
     indices = torch.rand(N, D_DICT).topk(K).indices.sort(1).values
     left, right = tensors["x"], tensors["W_dec"]
     expected = (left @ right.T).gather(1, indices)
-    torch.testing.assert_close(sparse._sampled_product_portable(indices, left, right), expected)
-    torch.testing.assert_close(sparse._sampled_product_csr(indices, left, right), expected)
+    support = sparse.Support.of_indices(indices, D_DICT)
+    for product in (sparse._sampled_product_portable, sparse._sampled_product_csr):
+        torch.testing.assert_close(product(support, left, right).view(N, K), expected)
+
+
+def test_products_of_rows_of_any_length(tensors: dict[str, Tensor]) -> None:
+    """Codes with empty rows, full rows and unused features: every product equals the dense one."""
+    dense = torch.randn(N, D_DICT, dtype=torch.float64).relu() * (torch.rand(N, D_DICT) < 0.1)
+    dense[0], dense[-1], dense[:, 7] = 0, 0, 0
+    dense[3] = torch.rand(D_DICT, dtype=torch.float64) + 0.1
+    code = sparse.SparseCode.of_dense(dense)
+    assert torch.equal(code.to_dense(), dense)
+    assert code.l0 == (dense > 0).sum() / N
+    left, right = tensors["x"], tensors["W_dec"]
+    torch.testing.assert_close(code.support.times(code.values, right), dense @ right)
+    torch.testing.assert_close(code.support.transposed_times(code.values, left), dense.T @ left)
+    torch.testing.assert_close(code.support.sums(code.values), dense.sum(0))
+    expected = (left @ right.T)[dense > 0]
+    torch.testing.assert_close(code.support.sampled_product(left, right), expected)
+    torch.testing.assert_close(sparse._sampled_product_portable(code.support, left, right), expected)
+
+
+@pytest.mark.parametrize("guess", [0.0, 0.5, 1.2, 50.0])
+@pytest.mark.parametrize("count", [1, 300, N * D_DICT])
+def test_the_largest_of_a_batch_do_not_depend_on_the_guess(count: int, guess: float) -> None:
+    scores = torch.randn(N, D_DICT, dtype=torch.float64)
+    values, support = selection.top_of_batch(scores, count, guess)
+    expected = scores.flatten().topk(min(count, int((scores > 0).sum()))).values
+    torch.testing.assert_close(values.sort(descending=True).values, expected, rtol=0, atol=0)
+    assert torch.equal(scores[support.rows, support.columns], values)
 
 
 @pytest.mark.parametrize(("d_dict", "k"), [(96, 5), (1024, 16), (1000, 3), (4096, 32), (800, 50)])
@@ -78,7 +106,7 @@ def test_top_k_in_two_rounds_is_the_top_k(d_dict: int, k: int, tied: bool) -> No
     scores = torch.randn(64, d_dict)
     if tied:
         scores = scores.round()
-    values, indices = sparse.top_k(scores, k)
+    values, indices = selection.top_k(scores, k)
     torch.testing.assert_close(values.sort(1, descending=True).values, scores.topk(k).values, rtol=0, atol=0)
     assert torch.equal(scores.gather(1, indices), values)
     assert (indices.diff(dim=1) > 0).all(), "columns ascend and none appears twice"

@@ -61,19 +61,18 @@ def test_a_step_is_adam_on_the_dense_loss() -> None:
         getattr(start, name).detach().clone(memory_format=torch.contiguous_format).requires_grad_()
         for name in ("W_enc", "W_dec")
     )
-    b_enc, b_dec = torch.zeros(48, dtype=torch.float64, requires_grad=True), x.mean(0).requires_grad_()
     unit = (x - x.mean(0)).pow(2).mean().sqrt().item()
-    optimizer = torch.optim.Adam(
-        [{"params": [W_enc, W_dec], "unit": 1.0}, {"params": [b_enc, b_dec], "unit": unit}], betas=(0.9, 0.999)
-    )
+    x = x / unit
+    b_enc, b_dec = torch.zeros(48, dtype=torch.float64, requires_grad=True), x.mean(0).requires_grad_()
+    optimizer = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], betas=(0.9, 0.999))
     unused = torch.zeros(48)
     for step in range(3):
         for group in optimizer.param_groups:
-            group["lr"] = 0.01 * min(1.0, (3 - step) / 2.4) * group["unit"]
+            group["lr"] = 0.01 * min(1.0, (3 - step) / 2.4)
         pre = (x - b_dec) @ W_enc + b_enc
         code = torch.zeros_like(pre).scatter(1, pre.topk(4).indices, 1.0) * pre.relu()
         error = x - code @ W_dec - b_dec
-        fvu = error.pow(2).sum(1).mean() / (16 * unit**2)
+        fvu = error.pow(2).mean()
         loss, dead = fvu, unused > 12
         if dead.any():
             masked = torch.where(dead, pre, -torch.inf).topk(min(8, int(dead.sum())))
@@ -89,7 +88,7 @@ def test_a_step_is_adam_on_the_dense_loss() -> None:
         assert result.history["l0"][step] == pytest.approx((code > 0).sum().item() / n)
         assert result.history["dead_share"][step] == pytest.approx(dead.double().mean().item())
     assert result.history["dead_share"][2] > 0, "the third step has dead features, or AuxK was not compared"
-    for name, reference in {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}.items():
+    for name, reference in {"W_enc": W_enc, "W_dec": W_dec, "b_enc": unit * b_enc, "b_dec": unit * b_dec}.items():
         torch.testing.assert_close(getattr(result.dictionary, name), reference.detach(), rtol=1e-7, atol=1e-9, msg=name)
 
 
@@ -118,7 +117,7 @@ def test_a_checkpoint_of_step_zero_resumes_too(rows: Tensor, tmp_path: Path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("circuitbench.dictionaries.training._step", killed)
+        patch.setattr("circuitbench.dictionaries.run.Run.train_on", killed)
         with pytest.raises(KeyboardInterrupt):
             dictionaries.train(rows, **SHORT, out=tmp_path)
     assert same(dictionaries.train(rows, **SHORT, out=tmp_path, resume=True), dictionaries.train(rows, **SHORT))
@@ -138,13 +137,13 @@ def test_shuffled_batches_cover_every_row_once_a_pass(rows: Tensor) -> None:
     from circuitbench.dictionaries.batches import batches_of
 
     numbered = torch.arange(70.0).unsqueeze(1)
-    stream = batches_of(numbered, 16, seed=3).from_step(0)
-    seen = torch.cat([next(stream) for _ in range(35)]).flatten()  # eight passes
+    stream = batches_of(numbered, None, 16, seed=3).from_step(0)
+    seen = torch.cat([next(stream)["x"] for _ in range(35)]).flatten()  # eight passes
     for epoch in seen.view(8, 70):
         assert sorted(epoch.tolist()) == list(range(70))
     assert not torch.equal(seen[:70], seen[70:140])
-    later = batches_of(numbered, 16, seed=3).from_step(20)
-    assert torch.equal(torch.cat([next(later) for _ in range(15)]).flatten(), seen[20 * 16 :])
+    later = batches_of(numbered, None, 16, seed=3).from_step(20)
+    assert torch.equal(torch.cat([next(later)["x"] for _ in range(15)]).flatten(), seen[20 * 16 :])
 
 
 def test_training_is_determined_by_the_seed(rows: Tensor) -> None:
@@ -174,7 +173,7 @@ def test_a_finished_run_leaves_the_dictionary_and_its_record(rows: Tensor, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "nonesuch"}, "kind='nonesuch' is not a kind of dictionary; there are: 'topk'"),
+        ({"kind": "nonesuch"}, "kind='nonesuch' is not a kind of dictionary; there are: 'batchtopk'"),
         ({"d_dict": None}, "give one of them, such as expansion=8"),
         ({"expansion": 2}, "give one of them"),
         ({"k": 49}, "k=49 was given; it must lie between 1 and d_dict = 48"),
