@@ -18,7 +18,7 @@ _ROWS = 2048  # of a matrix of cosines at once
 
 
 def max_cosines(
-    directions: Float[Tensor, "n d"], among: Float[Tensor, "m d"]
+    directions: Float[Tensor, "n d"], among: Float[Tensor, "m d_among"]
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """For each direction the largest cosine with one of `among`, sign kept, and which one that is; blockwise."""
     _check_directions(directions, among)
@@ -27,7 +27,7 @@ def max_cosines(
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
-def mmcs(directions: Float[Tensor, "n d"], among: Float[Tensor, "m d"]) -> float:
+def mmcs(directions: Float[Tensor, "n d"], among: Float[Tensor, "m d_among"]) -> float:
     """Mean max cosine similarity: for each direction the largest cosine with one of `among`, the mean over directions.
 
     Not symmetric: `mmcs(truth, decoder)` asks whether everything true was found, the other way round whether
