@@ -247,6 +247,12 @@ class Dictionary(nn.Module, ABC):
             if name in self.activation_units:
                 tensor *= factor
 
+    def travelling(self, features: list[int]) -> Any:
+        """The encoder of these features alone, of plain tensors, for a run elsewhere (see `travelling.Encoder`)."""
+        from circuitbench.dictionaries.travelling import encoder
+
+        return encoder(self, features)
+
     def save(self, path: str | Path) -> None:
         """Write `cfg.json` and `sae_weights.safetensors`, SAELens' layout, into the folder `path`, made if need be."""
         from circuitbench.dictionaries import files

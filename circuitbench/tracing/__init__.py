@@ -6,6 +6,7 @@ from ..models.jobs import Pending
 from .addresses import resolve
 from .check import check
 from .continued import Continued, continue_from
+from .features import Feature
 from .generation import generate_text
 from .hold import ablate, hold, steer
 from .interventions import Ablate, Add, Intervention, Knockout, Scale, Set
@@ -16,6 +17,7 @@ __all__ = [
     "Activations",
     "Add",
     "Continued",
+    "Feature",
     "Intervention",
     "Knockout",
     "Pending",

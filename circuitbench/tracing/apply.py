@@ -85,9 +85,11 @@ def apply_at(model: Model, address: str, interventions: list[Any], columns: Colu
     value = read_site(model, address)
     if address == "logits" and value.shape[1] < columns.index.shape[1]:
         columns = columns.last(value.shape[1])  # no meta tokens; and ``generate`` asks for the last ones alone
+    before = value
     for item in others:
         value = item.changed(value, columns, address, axes)
-    write_site(model, address, value)
+    if value is not before:  # a transcoder's edit only reads where it encodes
+        write_site(model, address, value)
 
 
 def edit_states(model: Model, address: str, items: list[Intervention], columns: Columns) -> None:

@@ -13,6 +13,7 @@ from ..models.jobs import check_place
 from ..models.lock import lock_of
 from .addresses import owner_of, resolve
 from .apply import run_plan
+from .features import FeatureEdit, Together
 from .interventions import Intervention, Knockout
 from .selection import Columns
 
@@ -52,11 +53,54 @@ def planned(
         raise BadInput(f"Interventions are one, or a list of them, not {type(interventions).__name__}.")
     items = [interventions] if isinstance(interventions, (Intervention, Knockout)) else list(interventions)
     by_address: dict[str, list[Any]] = {}
+    edits: list[Together] = []  # in the making: what comes next in the list may join them
     for item in items:
-        for address in targets(model, item):
+        addresses = targets(model, item)
+        feature = getattr(item, "feature", None)
+        key = (feature.dictionary, addresses[0], addresses[-1]) if feature is not None else None
+        joined = next((edit for edit in edits if key is not None and edit.joins(*key)), None)
+        edits = [edit for edit in edits if edit is joined or not {edit.read, edit.write} & set(addresses)]
+        if key is not None and joined is None:
+            joined = Together(*key)
+            edits.append(joined)
+            for address in dict.fromkeys(addresses):
+                by_address.setdefault(address, []).append(joined)
+        if joined is not None:
+            joined.items.append(item)
+            continue
+        for address in addresses:
             by_address.setdefault(address, []).append(item)
+    made: dict[Together, FeatureEdit] = {}
+    for address, listed in by_address.items():
+        for place, item in enumerate(listed):
+            if isinstance(item, Together):
+                made[item] = made.get(item) or item.edit()
+                listed[place] = item.part_at(address, made[item])
     wanted = {*sites, "logits"}
     return [(a, by_address.get(a, []), a in wanted) for a in model.sites if a in by_address or a in wanted]
+
+
+def feature_targets(model: Model, item: Intervention) -> list[str]:
+    """Where a dictionary's features are read, and where their directions are written, if that is elsewhere.
+
+    Raises:
+        BadInput: For several sites, or a site that is written before the other is there.
+    """
+    assert item.feature is not None  # `targets` looked
+    found = []
+    for site in dict.fromkeys((item.feature.site, item.feature.site_out)):
+        addresses = resolve(model, site)
+        if len(addresses) != 1:
+            raise BadInput(
+                f"{site} stands for {len(addresses)} sites; a dictionary belongs to one, such as {addresses[0]}."
+            )
+        found += addresses
+    if found != sorted(found, key=model.sites.index):
+        raise BadInput(
+            f"{found[1]}, which the transcoder reconstructs, comes before {found[0]}, which it reads, so it is over "
+            "when the features are known."
+        )
+    return found
 
 
 def mixed_site(model: Model, address: str) -> str:
@@ -77,7 +121,7 @@ def targets(model: Model, item: Intervention | Knockout) -> list[str]:
         return [mixed_site(model, address) for address in resolve(model, f"{stem}.y")]
     if not isinstance(item, Intervention):
         raise BadInput(f"An intervention is Set, Add, Scale, Ablate or Knockout, not {type(item).__name__}.")
-    addresses = resolve(model, item.site)
+    addresses = feature_targets(model, item) if item.feature is not None else resolve(model, item.site)
     for address in addresses:
         if address.endswith(".ssm.mixing"):
             raise ReadOnlySite(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 from ..errors import BadInput
+from .features import Feature
 from .selection import aligned, restrict
 
 if TYPE_CHECKING:
@@ -31,14 +32,25 @@ class Intervention:
 
     Attributes:
         site: Address of the site.
+        feature: The features of a dictionary that it is about, where one was given as the site (see
+            `features.Feature`); ``None``: it is about the site itself.
         positions: Indices into each prompt's own tokens (see `selection.select`); ``None``: all, generated ones
             included.
         heads: Heads, for a site that has them; ``None``: all.
         channels: Indices into the last axis; ``None``: all.
     """
 
-    def __init__(self, site: str, positions: Positions = None, heads: Any = None, channels: Any = None) -> None:
-        self.site = site
+    def __init__(
+        self, site: str | Feature, positions: Positions = None, heads: Any = None, channels: Any = None
+    ) -> None:
+        self.feature = site if isinstance(site, Feature) else None
+        self.single = self.feature is not None and self.feature.single
+        if self.feature is not None and (heads is not None or channels is not None):
+            raise BadInput(
+                f"{self.feature!r} is a direction over the whole site, so heads= and channels= say nothing here; leave "
+                "them out, or intervene on the site itself."
+            )
+        self.site: str = site.site if isinstance(site, Feature) else site
         self.positions = positions
         self.heads = heads
         self.channels = channels
@@ -54,6 +66,8 @@ class Intervention:
 
     def fitted(self, given: Any, value: Tensor, columns: Columns, address: str, axes: list[str], what: str) -> Tensor:
         """A number or tensor that came with the intervention, over the whole site (see `selection.aligned`)."""
+        given = torch.as_tensor(given)
+        given = given[..., None] if self.single and given.dim() else given  # one feature has no axis of features
         return aligned(given, value, columns, columns.chosen(self.positions), address, axes, what)
 
     @property
@@ -61,12 +75,16 @@ class Intervention:
         """Whether it asks which token a column holds, rather than doing the same to every one."""
         return self.positions is not None
 
+    def spans(self, given: Any) -> bool:
+        """Whether what was given may have an axis of positions: a number or a vector over channels has none."""
+        return torch.as_tensor(given).dim() > (0 if self.single else 1)
+
     def __repr__(self) -> str:
-        given = {
-            k: v for k, v in self.__dict__.items() if v is not None and k != "site" and not isinstance(v, torch.Tensor)
-        }
+        hidden = ("site", "feature", "single")
+        given = {k: v for k, v in self.__dict__.items() if v is not None and k not in hidden and not torch.is_tensor(v)}
         inside = "".join(f", {key}={value!r}" for key, value in given.items())
-        return f"{type(self).__name__}({self.site!r}{inside})"
+        where = self.site if self.feature is None else self.feature
+        return f"{type(self).__name__}({where!r}{inside})"
 
 
 def checked(given: Any, what: str) -> Any:
@@ -78,11 +96,6 @@ def checked(given: Any, what: str) -> Any:
     return given
 
 
-def spans(given: Any) -> bool:
-    """Whether what was given may have an axis of positions: a number or a vector over channels has none."""
-    return torch.as_tensor(given).dim() > 1
-
-
 class Set(Intervention):
     """Replace entries by a value: a number, or a tensor that broadcasts over the site's shape.
 
@@ -91,7 +104,7 @@ class Set(Intervention):
     """
 
     def __init__(
-        self, site: str, value: Any, positions: Positions = None, heads: Any = None, channels: Any = None
+        self, site: str | Feature, value: Any, positions: Positions = None, heads: Any = None, channels: Any = None
     ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
         self.value = checked(value, "value")
@@ -102,7 +115,7 @@ class Set(Intervention):
     @property
     def counts(self) -> bool:
         """As in `Intervention`."""
-        return self.positions is not None or spans(self.value)
+        return self.positions is not None or self.spans(self.value)
 
 
 class Add(Intervention):
@@ -110,16 +123,16 @@ class Add(Intervention):
 
     def __init__(
         self,
-        site: str,
+        site: str | Feature,
         vector: Any,
-        strength: float = 1.0,
+        strength: Any = 1.0,
         positions: Positions = None,
         heads: Any = None,
         channels: Any = None,
     ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
         self.vector = checked(vector, "vector")
-        self.strength = strength
+        self.strength = checked(strength, "strength")
 
     def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
         return value + self.strength * self.fitted(self.vector, value, columns, address, axes, "vector")
@@ -127,14 +140,14 @@ class Add(Intervention):
     @property
     def counts(self) -> bool:
         """As in `Intervention`."""
-        return self.positions is not None or spans(self.vector)
+        return self.positions is not None or self.spans(self.vector)
 
 
 class Scale(Intervention):
     """Multiply entries by a factor: a number, or a tensor that broadcasts over the site's shape."""
 
     def __init__(
-        self, site: str, factor: Any, positions: Positions = None, heads: Any = None, channels: Any = None
+        self, site: str | Feature, factor: Any, positions: Positions = None, heads: Any = None, channels: Any = None
     ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
         self.factor = checked(factor, "factor")
@@ -145,7 +158,7 @@ class Scale(Intervention):
     @property
     def counts(self) -> bool:
         """As in `Intervention`."""
-        return self.positions is not None or spans(self.factor)
+        return self.positions is not None or self.spans(self.factor)
 
 
 class Ablate(Intervention):
@@ -154,19 +167,22 @@ class Ablate(Intervention):
     Args:
         mode: ``"zero"``: zeros. ``"mean"``: the mean over real tokens of `reference`, or of the prompts in this run.
             ``"resample"``: what another real token has, drawn with `seed` from `reference`, or from this run.
-        reference: Activations of the site, `(n, t, ...)` or `(n_tokens, ...)`; needed for mean and resample while
-            generating, where a run has one token at a time. NaN rows (padding in captured activations) are left out.
+        strength: Share of the way to there; 1 is all of it, 2 goes as far again.
+        reference: Activations of the site (for a feature too), `(n, t, ...)` or `(n_tokens, ...)`; needed for mean and
+            resample while generating, where a run has one token at a time. NaN rows (padding in captured activations)
+            are left out.
     """
 
     def __init__(
         self,
-        site: str,
+        site: str | Feature,
         mode: str = "zero",
         positions: Positions = None,
         heads: Any = None,
         channels: Any = None,
         reference: Tensor | None = None,
         seed: int = 0,
+        strength: Any = 1.0,
     ) -> None:
         Intervention.__init__(self, site, positions, heads, channels)
         if mode not in ("zero", "mean", "resample"):
@@ -174,6 +190,7 @@ class Ablate(Intervention):
         self.mode = mode
         self.reference = reference
         self.seed = seed
+        self.strength = checked(strength, "strength")
 
     @property
     def counts(self) -> bool:
@@ -186,6 +203,12 @@ class Ablate(Intervention):
         return self.mode != "zero" and self.reference is None
 
     def apply(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
+        instead = self.instead(value, columns, address, axes)
+        whole = not isinstance(self.strength, torch.Tensor) and self.strength == 1
+        return instead if whole else value + self.strength * (instead - value)
+
+    def instead(self, value: Tensor, columns: Columns, address: str, axes: list[str]) -> Tensor:
+        """What would stand there if it were removed altogether."""
         if self.mode == "zero":
             return torch.zeros_like(value)
         if axes.count("t") == 2:
@@ -221,7 +244,8 @@ class Ablate(Intervention):
 
     def referring(self, reference: Tensor) -> Ablate:
         """The same with another reference."""
-        return Ablate(self.site, self.mode, self.positions, self.heads, self.channels, reference, self.seed)
+        where = (self.site, self.mode, self.positions, self.heads, self.channels)
+        return Ablate(*where, reference, self.seed, self.strength)
 
 
 class Knockout:
@@ -237,7 +261,13 @@ class Knockout:
         heads: Heads, where the scan has them; ``None``: all.
     """
 
-    def __init__(self, site: str, sources: Positions, destinations: Positions = None, heads: Any = None) -> None:
+    def __init__(
+        self, site: str | Feature, sources: Positions, destinations: Positions = None, heads: Any = None
+    ) -> None:
+        if not isinstance(site, str):
+            raise BadInput(
+                f"A Knockout is about a scan's positions, named by its address, like 'layers.2.ssm', not by {site!r}."
+            )
         self.site = site
         self.sources = sources
         self.destinations = destinations
