@@ -1,140 +1,99 @@
-"""Dictionaries on disk, in SAELens' layout: `cfg.json` and `sae_weights.safetensors`. Nothing is unpickled."""
+"""Dictionaries on disk: saved in SAELens' layout, read from it and from other projects'. Nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
 import os
+import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from circuitbench.dictionaries.base import KINDS, Dictionary, build
+from circuitbench.dictionaries import hub, shelf
+from circuitbench.dictionaries.base import Dictionary
+from circuitbench.dictionaries.formats import dictionary_learning, saelens, sparsify
+from circuitbench.dictionaries.formats.common import DTYPES
+from circuitbench.dictionaries.formats.saelens import CONFIG, WEIGHTS
 from circuitbench.errors import BadInput
 
-CONFIG = "cfg.json"
-WEIGHTS = "sae_weights.safetensors"
 
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
+def save(dictionary: Dictionary, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder `path`, which is made if need be; a dictionary already there is replaced.
 
+    Args:
+        dictionary: what is saved.
+        path: the folder.
+        dtype: of the numbers in the file, such as torch.float16 for half the size; what is loaded computes in the
+            dictionary's own. Thresholds stay as they are.
 
-def save(dictionary: Dictionary, path: str | Path) -> None:
-    """Write the folder `path`, which is made if need be; a dictionary already there is replaced."""
+    Raises:
+        BadInput: `path` is a file, metadata that JSON cannot hold, weights that are not finite (in `dtype`).
+    """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file; a dictionary is saved as a folder.")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise BadInput(f"dtype={dtype} was given; weights are saved in one of {', '.join(DTYPES)}.")
+    tensors = {}
+    for name, tensor in dictionary.state_dict().items():
+        stored = tensor.detach().cpu() if dtype is None or name == "threshold" else tensor.detach().cpu().to(dtype)
+        if not torch.isfinite(stored).all():
+            raise BadInput(f"{name} has values that are not finite in {stored.dtype}; such a dictionary is not saved.")
+        tensors[name] = stored.contiguous()
+    fingerprint = _fingerprint(tensors)
+    config = saelens.config_of(dictionary, fingerprint)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(dictionary.W_enc.dtype).removeprefix("torch.")
-    config = {
-        "architecture": dictionary.kind,
-        "d_in": dictionary.d_in,
-        "d_sae": dictionary.d_dict,
-        **dictionary.settings,
-        "dtype": dtype,
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "rescale_acts_by_decoder_norm": False,
-        "metadata": {"hook_name": dictionary.site, "model_name": dictionary.model_name, "site": dictionary.site},
-    }
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in dictionary.named_parameters()}
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", "circuitbench": fingerprint})
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def load_dictionary(path: str | Path) -> Dictionary:
-    """The dictionary saved in the folder `path`, by us or by SAELens.
+def load_dictionary(source: str | Path, *, revision: str | None = None) -> Dictionary:
+    """A dictionary from a folder, from the package or from the Hub.
+
+    Args:
+        source: a folder that we, SAELens, sparsify or dictionary_learning wrote; the name of one in the package, such
+            as "zoo:pylm-hybrid/layers.2.ssm.gated" (`dictionaries.pretrained()` lists them); or a Hub id, "org/name",
+            "org/name/subfolder", with "@revision" behind it if need be.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
-        BadInput: no such folder, a file missing, damaged or truncated, a tensor missing or of the wrong shape, an
-            unknown kind, or an option of SAELens' that changes what the weights mean and is not known here.
+        BadInput: nothing there, a file missing, damaged or truncated, a tensor missing or of the wrong shape, an
+            unknown kind, or an option that changes what the weights mean and cannot be brought into them.
     """
-    folder = Path(path)
+    folder = Path(source)
+    if isinstance(source, str) and source.startswith(shelf.PREFIX):
+        folder = shelf.folder_of(source)
+    elif isinstance(source, str) and not folder.exists() and hub.is_id(source):
+        folder = hub.download(source, revision)
+    elif revision is not None:
+        raise BadInput(f"revision={revision!r} was given; {source} is not on the Hub, and has none.")
     if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give the one that holds {CONFIG} and {WEIGHTS}.")
-    config = _read_config(folder / CONFIG)
-    cls = KINDS[config["architecture"]]
-    try:
-        settings = {name: config[name] for name in cls.settings_names}
-        dictionary = build(
-            cls.kind,
-            d_in=config["d_in"],
-            d_dict=config["d_sae"],
-            dtype=_DTYPES[config.get("dtype", "float32")],
-            **settings,
-        )
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{folder / CONFIG} does not describe a {cls.kind!r} dictionary: {error!r}.") from error
-    _fill(dictionary, _read_tensors(folder / WEIGHTS), folder / WEIGHTS)
-    _undo_saelens_options(dictionary, config)
-    metadata = config.get("metadata") or {}
-    dictionary.site = metadata.get("site") or metadata.get("hook_name")
-    dictionary.model_name = metadata.get("model_name")
-    return dictionary
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BadInput(f"{path} is missing; a saved dictionary has {CONFIG} and {WEIGHTS}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON ({error}); save the dictionary again.") from error
-    kind = config.get("architecture") if isinstance(config, dict) else None
-    if kind not in KINDS:
         raise BadInput(
-            f"{path} says architecture {kind!r}; the kinds known here are: {', '.join(map(repr, sorted(KINDS)))}."
+            f"{folder} is not a folder; give the one that holds {CONFIG} and {WEIGHTS}, a Hub id such as "
+            '"org/name", or a name of dictionaries.pretrained().'
         )
-    for option in ("normalize_activations", "reshape_activations"):
-        if config.get(option, "none") != "none":
-            raise BadInput(
-                f"{path} asks for {option}={config[option]!r}, which is not known here; fold it into the weights first."
-            )
-    return config
+    return _read(folder)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise BadInput(f"{path} is missing; weights are read from safetensors only, never from a pickle.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise BadInput(f"{path} is truncated or not a safetensors file ({error}); copy it again.") from error
+def _read(folder: Path) -> Dictionary:
+    """By the files that are there."""
+    if (folder / sparsify.WEIGHTS).is_file():
+        return sparsify.read(folder)
+    if (folder / dictionary_learning.WEIGHTS).is_file():
+        return dictionary_learning.read(folder)
+    return saelens.read(folder)
 
 
-def _fill(dictionary: Dictionary, tensors: dict[str, Tensor], path: Path) -> None:
-    parameters = dict(dictionary.named_parameters())
-    if set(tensors) != set(parameters):
-        raise BadInput(
-            f"{path} holds the tensors {', '.join(sorted(tensors))}; "
-            f"a {dictionary.kind!r} dictionary has {', '.join(sorted(parameters))}."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise BadInput(
-                    f"{path} holds {name} with shape {tuple(tensors[name].shape)}; "
-                    f"the sizes in {CONFIG} ask for {tuple(parameter.shape)}."
-                )
-            parameter.copy_(tensors[name])
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Told apart from that of other weights, so that a config and weights of two saves are not taken for one."""
+    sums = "".join(f"{name} {zlib.crc32(_bytes(tensors[name])):08x}\n" for name in sorted(tensors))
+    return f"{zlib.crc32(sums.encode()):08x}"
 
 
-@torch.no_grad()
-def _undo_saelens_options(dictionary: Dictionary, config: dict[str, Any]) -> None:
-    """Bring two of SAELens' options to our form, which has the same activations and the same reconstruction."""
-    if config.get("rescale_acts_by_decoder_norm", False):
-        norms = dictionary.W_dec.norm(dim=1).clamp_min(1e-8)
-        dictionary.W_enc.mul_(norms)
-        dictionary.b_enc.mul_(norms)
-        dictionary.W_dec.div_(norms.unsqueeze(1))
-    if not config.get("apply_b_dec_to_input", True):
-        dictionary.b_enc.add_(dictionary.b_dec @ dictionary.W_enc)
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).numpy().data).cast("B")
 
 
 def write_text(path: Path, text: str) -> None:

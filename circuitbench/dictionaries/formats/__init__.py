@@ -1,0 +1,1 @@
+"""Dictionaries of other projects, and ours in the layout of one of them: a file each."""
