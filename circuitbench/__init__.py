@@ -10,7 +10,7 @@ nnsight.register("circuitbench")
 from .architectures import Architecture, Part, Site  # noqa: E402
 from .architectures import register as register_architecture  # noqa: E402
 from .circuits import ablation_effects, logit_diff, patch_effects, prob  # noqa: E402
-from .dictionaries import evaluate, train_sae  # noqa: E402
+from .dictionaries import evaluate, load_dictionary, train_sae  # noqa: E402
 from .errors import (  # noqa: E402
     BadInput,
     CheckFailed,
@@ -81,6 +81,7 @@ __all__ = [
     "generate_text",
     "hold",
     "intervene",
+    "load_dictionary",
     "load_model",
     "load_state",
     "logit_diff",

@@ -7,7 +7,10 @@ from circuitbench.dictionaries.base import KINDS, Dictionary
 from circuitbench.dictionaries.batchtopk import BatchTopK
 from circuitbench.dictionaries.building import build, from_weights
 from circuitbench.dictionaries.files import load_dictionary
+from circuitbench.dictionaries.hub import from_hub, push_to_hub
+from circuitbench.dictionaries.model_card import card
 from circuitbench.dictionaries.on_model import Evaluation, Windows, evaluate, feature_examples, train_on_text, train_sae
+from circuitbench.dictionaries.shelf import Pretrained, pretrained
 from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.dictionaries.topk import TopK
 from circuitbench.dictionaries.training import TrainResult, train, train_many
@@ -17,18 +20,23 @@ __all__ = [
     "BatchTopK",
     "Dictionary",
     "Evaluation",
+    "Pretrained",
     "SparseCode",
     "TopK",
     "TrainResult",
     "Windows",
     "build",
+    "card",
     "evaluate",
     "evaluation",
     "feature_examples",
     "features",
+    "from_hub",
     "from_weights",
     "load_dictionary",
     "losses",
+    "pretrained",
+    "push_to_hub",
     "train",
     "train_many",
     "train_on_text",

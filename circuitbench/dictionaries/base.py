@@ -253,11 +253,31 @@ class Dictionary(nn.Module, ABC):
 
         return encoder(self, features)
 
-    def save(self, path: str | Path) -> None:
-        """Write `cfg.json` and `sae_weights.safetensors`, SAELens' layout, into the folder `path`, made if need be."""
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `cfg.json` and `sae_weights.safetensors`, SAELens' layout, into the folder `path`, made if need be.
+
+        Args:
+            path: the folder; a dictionary already there is replaced.
+            dtype: of the numbers in the file, such as torch.float16 for half the size; what is loaded computes in the
+                dictionary's own.
+
+        Raises:
+            BadInput: a file is there, metadata that JSON cannot hold, or weights that are not finite in `dtype`.
+        """
         from circuitbench.dictionaries import files
 
-        files.save(self, path)
+        files.save(self, path, dtype)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload it with a card made from its `metadata`; returns the commit's address.
+
+        Args:
+            repo_id: "org/name", made if need be.
+            **options: of `dictionaries.push_to_hub`: subfolder, evaluation, private, token, message.
+        """
+        from circuitbench.dictionaries import hub
+
+        return hub.push_to_hub(self, repo_id, **options)
 
     def extra_repr(self) -> str:
         settings = "".join(f", {name}={value}" for name, value in self.settings.items())

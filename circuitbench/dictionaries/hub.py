@@ -103,13 +103,15 @@ def push_to_hub(
     Raises:
         BadInput: a name that is no Hub id, no permission, or metadata that JSON cannot hold.
     """
-    from circuitbench.dictionaries import card
+    from circuitbench.dictionaries import model_card
 
     if evaluation is not None:
-        dictionary.metadata["evaluation"] = card.measures(evaluation)
+        dictionary.metadata["evaluation"] = model_card.measures(evaluation)
     with tempfile.TemporaryDirectory() as folder:
         dictionary.save(folder)
-        (Path(folder) / "README.md").write_text(card.card(dictionary, repo_id, subfolder=subfolder), encoding="utf-8")
+        (Path(folder) / "README.md").write_text(
+            model_card.card(dictionary, repo_id, subfolder=subfolder), encoding="utf-8"
+        )
         api = HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
