@@ -24,18 +24,31 @@ def check_format(name: str) -> str:
     return name
 
 
-def encoded(x: Float[Tensor, "n d"], name: str) -> dict[str, Tensor]:
+def suffixes(name: str) -> tuple[str, ...]:
+    """Of the names of the tensors that `encoded` makes."""
+    return ("",) if name in FLOATS else ("", ".scale")
+
+
+def encoded(x: Float[Tensor, "n d"], name: str, address: str = "activations") -> dict[str, Tensor]:
     """The tensors to store. Integers are off by at most half a step, and a step is a channel's largest value / levels.
 
     Args:
         x: Activations.
         name: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"`` (two numbers a byte).
+        address: What they are, for the error.
+
+    Raises:
+        BadInput: For activations that are not finite, as integers: a scale cannot hold them.
     """
     if name in FLOATS:
         return {"": x.to(FLOATS[name]).contiguous()}
     levels = LEVELS[name]
-    scale = x.float().abs().amax(0).clamp_min(torch.finfo(torch.float32).tiny) / levels
-    steps = (x.float() / scale).round().clamp(-levels, levels).to(torch.int8)
+    if not x.isfinite().all():
+        raise BadInput(f"{address} holds values that are not finite, which {name} cannot store; store it as float32.")
+    x = x.float()
+    largest = x.abs().amax(0) if len(x) else x.new_zeros(x.shape[1])
+    scale = (largest / levels).clamp_min(torch.finfo(torch.float32).tiny)
+    steps = (x / scale).round().clamp(-levels, levels).to(torch.int8)
     return {"": steps if name == "int8" else two_in_a_byte(steps), ".scale": scale}
 
 

@@ -1,107 +1,67 @@
 """Activations on disk: shards of safetensors that several processes can write, and that a kill cannot damage.
 
 A store is a folder: `store.json` says what is in it, and every part (one for each process that writes) has a folder of
-shards, each with the rows of so many sequences. A shard appears whole or not at all, and which sequences it holds
-depends on its number alone, so that writing goes on after the last one without a gap or a repeat.
+shards, each with the rows of so many sequences, and at its end a `finished.json`. `writing.store` writes it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from itertools import islice
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
-from safetensors.torch import save as to_bytes
 
 from ..errors import BadInput
-from .numbers import check_format, decoded, encoded
-from .shuffle import joined
-from .stream import ActivationStream, Rows, only
+from .numbers import FLOATS, decoded, suffixes
+from .rows import Rows
+from .stream import Counts, SiteRows, check_among, only
 
+FORMAT = 2
 RECORD = "store.json"
 FINISHED = "finished.json"
+ABOUT = "circuitbench"  # of the header's metadata
 BESIDE = ("token_ids", "sequence", "position")
-
-
-def store(
-    stream: ActivationStream,
-    folder: str | Path,
-    *,
-    dtype: str = "float32",
-    sequences_per_shard: int = 64,
-    part: tuple[int, int] = (0, 1),
-    compress: bool = False,
-) -> StoredActivations:
-    """Write the activations of a text, or go on writing where an earlier call was stopped.
-
-    Args:
-        stream: What to store.
-        folder: Where; made if need be.
-        dtype: ``"float32"``, ``"bfloat16"``, or ``"int8"`` and ``"int4"`` with a scale for every channel and shard.
-        sequences_per_shard: Sequences in a file.
-        part: (this process's number, how many processes there are); process p takes every n-th sequence.
-        compress: Pack the shards with zstd (needs the package `zstandard`).
-
-    Returns:
-        The store. It can be read once all parts are finished.
-
-    Raises:
-        BadInput: If the folder holds another store, or the settings are out of range.
-    """
-    number, parts = part
-    if not 0 <= number < parts or sequences_per_shard < 1:
-        raise BadInput(f"part={part}, sequences_per_shard={sequences_per_shard}; part is (0 to n - 1, n), a shard 1.")
-    folder = Path(folder)
-    record = record_of(stream, check_format(dtype), sequences_per_shard, parts, compress)
-    begin(folder, record)
-    home = folder / part_name(number, parts)
-    home.mkdir(exist_ok=True)
-    if (home / FINISHED).exists():
-        return StoredActivations(folder)
-    done = shard_files(home)
-    # Whole shards only: the numbers of their sequences follow from how many there are.
-    first = number + parts * sequences_per_shard * len(done)
-    sequences = stream.sequences(first, (number, parts))
-    shard = len(done)
-    while group := list(islice(sequences, sequences_per_shard)):
-        rows = joined(list(stream.run(iter(group))))
-        tensors = {name: getattr(rows, name).to(torch.int32) for name in BESIDE}
-        for address, value in rows.items():
-            tensors |= {f"{address}{suffix}": tensor for suffix, tensor in encoded(value, dtype).items()}
-        write(home / shard_name(shard, compress), to_bytes(tensors), compress)
-        shard += 1
-    if shard == 0 and number == 0:
-        raise BadInput("The text has no tokens; give some text.")
-    write(home / FINISHED, json.dumps({"shards": shard}).encode(), False)
-    return StoredActivations(folder)
 
 
 class StoredActivations:
     """Activations on disk, as an iterable of `Rows`, a shard at a time; printing it says what is there.
 
+    Reading changes nothing, so that any number of processes and threads can read one store.
+
     Args:
         folder: The store.
+        sites: Read these alone; default: all of them.
 
     Raises:
-        BadInput: If it is none; when it is read: if it is unfinished, or a shard is damaged or missing.
+        BadInput: If it is none, or lacks a site; when it is read: if it is unfinished, or a shard damaged or missing.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, sites: str | Sequence[str] | None = None) -> None:
         self.folder = Path(folder)
         path = self.folder / RECORD
         if not path.is_file():
             raise BadInput(f"{folder} holds no activations: it has no {RECORD}.")
         try:
             self.record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            self.sites: list[str] = list(self.record["sites"])
+            known = list(self.record["sites"])
+            version = self.record["format"]
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path} is damaged ({error}); store the activations again.") from error
+        if version != FORMAT:
+            raise BadInput(f"{path} is of format {version}, this version reads {FORMAT}; store the activations again.")
+        self.sites: list[str] = known if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        check_among(self.sites, known)
+
+    def of(self, sites: str | Sequence[str]) -> StoredActivations:
+        """The same store, of these sites alone: the others are not read."""
+        return StoredActivations(self.folder, sites)
 
     @property
     def finished(self) -> bool:
@@ -120,15 +80,21 @@ class StoredActivations:
 
     def __iter__(self) -> Iterator[Rows]:
         self.check_finished()
-        for path in self.shards():
-            yield self.read(path)
+        return map(self.read, self.shards())
+
+    def in_random_order(self, seed: int) -> Iterator[Rows]:
+        """As iteration, the shards in random order."""
+        self.check_finished()
+        paths = self.shards()
+        random.Random(seed).shuffle(paths)
+        return map(self.read, paths)
 
     def check_finished(self) -> None:
         """Refuse to read a part of the text for the whole."""
         for home in self.parts():
             if not (home / FINISHED).exists():
                 raise BadInput(f"{self.folder} is unfinished: {home.name} is still to be written; call store(…) again.")
-            wanted = json.loads((home / FINISHED).read_text())["shards"]
+            wanted = end_of(home)["shards"]
             if len(shard_files(home)) != wanted:
                 raise BadInput(
                     f"{home} has {len(shard_files(home))} of its {wanted} shards; copy the missing ones, or delete "
@@ -137,87 +103,81 @@ class StoredActivations:
 
     def read(self, path: Path) -> Rows:
         """One shard."""
+        name = self.record["dtype"]
+        wanted = [*BESIDE, *(f"{address}{suffix}" for address in self.sites for suffix in suffixes(name))]
         try:
-            data = path.read_bytes()
-            tensors = load_bytes(unpacked(data) if path.suffix == ".zst" else data)
-            widths, name = self.record["sites"], self.record["dtype"]
+            if path.suffix == ".zst":
+                with opened(path) as file:
+                    tensors = load_bytes(file.read())
+            else:
+                with safe_open(path, "pt") as file:
+                    tensors = {key: file.get_tensor(key) for key in wanted}
             values = {
-                address: decoded(
-                    {key.removeprefix(address): value for key, value in tensors.items() if key.startswith(address)},
-                    name,
-                    widths[address],
-                )
-                for address in self.sites
+                address: decoded({suffix: tensors[f"{address}{suffix}"] for suffix in suffixes(name)}, name, width)
+                for address, width in self.widths().items()
             }
             return Rows(values, *(tensors[key].long() for key in BESIDE))
         except (SafetensorError, KeyError, OSError) as error:
-            raise BadInput(f"{path} is damaged ({error}); delete it and those after it, and store again.") from error
+            raise damaged(path, error) from error
 
-    def site(self, address: str | None = None) -> StoredSite:
-        """One site's activations, as `dictionaries.train` takes them."""
-        return StoredSite(self, only(self.sites, address))
+    def site(self, address: str | None = None) -> SiteRows:
+        """One site's activations as plain tensors, as `dictionaries.train` takes them."""
+        address = only(self.sites, address)
+        return SiteRows(self.of(address), address)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Address -> shape of what the site holds for one token; its product is the width of a row."""
+        return {address: tuple(self.record["sites"][address]) for address in self.sites}
+
+    def widths(self) -> dict[str, int]:
+        """Address -> numbers in a row."""
+        return {address: prod(shape) for address, shape in self.shapes().items()}
+
+    def row_bytes(self) -> int:
+        """Memory of one row of all sites, once it is read."""
+        dtype = FLOATS.get(self.record["dtype"], torch.float32)
+        return dtype.itemsize * sum(self.widths().values())
+
+    def counts(self) -> Counts:
+        """Sequences, tokens and rows that are there, without reading them."""
+        found = []
+        for home in self.parts():
+            whole = (home / FINISHED).exists()
+            found += [end_of(home)] if whole else [header(path) for path in shard_files(home)]
+        return Counts(*(sum(one[name] for one in found) for name in Counts._fields))
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that are there."""
+        return self.counts().rows
 
     @property
     def n_bytes(self) -> int:
         """Size of all shards."""
         return sum(path.stat().st_size for path in self.shards())
 
+    def to_dict(self) -> dict[str, Any]:
+        """What there is, as `info` says it."""
+        return {
+            **self.record,
+            "finished": self.finished,
+            "shards": len(self.shards()),
+            **self.counts()._asdict(),
+            "bytes": self.n_bytes,
+        }
+
     def __repr__(self) -> str:
-        record = self.record
-        widths = ", ".join(f"{address} ({width})" for address, width in record["sites"].items())
-        state = "finished" if self.finished else "unfinished"
+        record, counts = self.record, self.counts()
+        split = "" if record["parts"] == 1 else f", in {record['parts']} parts"
+        shapes = (f"{address} ({', '.join(map(str, shape))})" for address, shape in self.shapes().items())
         return (
-            f"activations of {record['model']} in {self.folder}, {state}\n"
-            f"  {widths}\n"
-            f"  {record['dtype']}{', zstd' if record['compress'] else ''}; {len(self.shards())} shards of "
-            f"{record['sequences_per_shard']} sequences of {record['context']} tokens, {record['parts']} part(s), "
-            f"{self.n_bytes / 1e6:.1f} MB"
+            f"activations of {record['model']} in {self.folder}, {'finished' if self.finished else 'unfinished'}\n"
+            f"  {', '.join(shapes)}\n"
+            f"  {counts.rows:,} rows of {counts.tokens:,} tokens, {record['dtype']}"
+            f"{', zstd' if record['compress'] else ''}, {self.n_bytes / 1e6:.1f} MB\n"
+            f"  {len(self.shards())} shards of {record['sequences_per_shard']} sequences of {record['context']} tokens"
+            f"{split}"
         )
-
-
-class StoredSite:
-    """One site of a store: an iterable of `(n, d)`, a shard at a time."""
-
-    def __init__(self, stored: StoredActivations, address: str) -> None:
-        self.stored = stored
-        self.address = address
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for rows in self.stored:
-            yield rows[self.address]
-
-
-def record_of(stream: ActivationStream, dtype: str, per_shard: int, parts: int, compress: bool) -> dict[str, Any]:
-    """What a store is made of, and what has to be the same for writing to go on."""
-    hf = stream.model.hf
-    return {
-        "format": 1,
-        "model": hf.name_or_path or hf.config.model_type,
-        "sites": stream.widths(),
-        "dtype": dtype,
-        "context": stream.context,
-        "keep_special": stream.keep_special,
-        "max_sequences": stream.max_sequences,
-        "sequences_per_shard": per_shard,
-        "parts": parts,
-        "compress": compress,
-    }
-
-
-def begin(folder: Path, record: dict[str, Any]) -> None:
-    """Make the folder, or make sure that it is the same store."""
-    path = folder / RECORD
-    if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in record if there.get(name) != record[name]]
-        if differing:
-            listed = ", ".join(f"{name} = {there.get(name)!r}, now {record[name]!r}" for name in differing)
-            raise BadInput(f"{folder} was begun with {listed}; go on with the same, or give another folder.")
-        return
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; give a folder, which is made if need be.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(path, (json.dumps(record, indent=1) + "\n").encode(), False)
 
 
 def part_name(number: int, parts: int) -> str:
@@ -237,23 +197,44 @@ def shard_files(home: Path) -> list[Path]:
     return files
 
 
-def write(path: Path, data: bytes, compress: bool) -> None:
-    """Write a file whole or not at all, through a power cut too."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(zstd().ZstdCompressor().compress(data) if compress else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def unpacked(data: bytes) -> bytes:
-    """Data packed with zstd."""
-    error = zstd().ZstdError
+def end_of(home: Path) -> dict[str, int]:
+    """What a finished part has."""
     try:
-        return zstd().ZstdDecompressor().decompress(data)
-    except error as problem:
-        raise OSError(str(problem)) from problem
+        found = json.loads((home / FINISHED).read_text(encoding="utf-8"))
+        return {name: int(found[name]) for name in ("shards", *Counts._fields)}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise BadInput(f"{home / FINISHED} is damaged ({error}); delete it, and call store(…) again.") from error
+
+
+def header(path: Path) -> dict[str, Any]:
+    """What a shard says about itself, without reading its tensors."""
+    try:
+        with opened(path) as file:
+            length = int.from_bytes(file.read(8), "little")
+            about = json.loads(json.loads(file.read(length))["__metadata__"][ABOUT])
+            return {name: about[name] for name in (*Counts._fields, "text")}
+    except (ValueError, KeyError, OSError) as error:
+        raise damaged(path, error) from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A shard's file, unpacked while it is read."""
+    with open(path, "rb") as raw:
+        if path.suffix != ".zst":
+            yield raw
+            return
+        problem = zstd().ZstdError
+        try:
+            with zstd().ZstdDecompressor().stream_reader(raw) as file:
+                yield file
+        except problem as error:
+            raise OSError(str(error)) from error
+
+
+def damaged(path: Path, error: Exception) -> BadInput:
+    """The error for a shard that cannot be read."""
+    return BadInput(f"{path} is damaged ({error}); delete it and those after it, and store again.")
 
 
 def zstd() -> Any:

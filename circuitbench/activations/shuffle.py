@@ -1,4 +1,4 @@
-"""Rows of a stream in random order, from a buffer; and how well they are mixed."""
+"""Rows of a stream in random order, from a pool; and how well they are mixed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .stream import Rows
+from .rows import Rows, taken
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -18,15 +18,18 @@ if TYPE_CHECKING:
 class Shuffled:
     """Batches of a stream's rows in random order.
 
-    A buffer is filled, shuffled, and emptied by half before it is filled again, so that a batch mixes many sequences.
-    All sites of a row stay together. Every row is handed out exactly once; the last batch may be smaller. The same seed
-    gives the same batches.
+    A pool of `buffer` rows is filled; a batch is drawn from it, and what comes next takes its place. So a batch mixes
+    the rows of many sequences: see `mixing`. All sites of a row stay together. Every row is handed out exactly once;
+    the last batch may be smaller. The same seed gives the same batches.
 
     Args:
         stream: What is shuffled: an `ActivationStream`, a store, or any iterable of `Rows`.
         batch_size: Rows of a batch.
         buffer: Rows that are held at once; memory is `buffer` × (numbers of all sites' rows).
         seed: Of the order.
+
+    Raises:
+        BadInput: For a buffer that holds less than two batches.
     """
 
     def __init__(self, stream: Iterable[Rows], *, batch_size: int = 2048, buffer: int = 65_536, seed: int = 0) -> None:
@@ -42,52 +45,32 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[Rows]:
         generator = torch.Generator().manual_seed(self.seed)
-        held: list[Rows] = []
+        pool: Rows | None = None
+        filled = 0
         for rows in self.stream:
-            held.append(rows)
-            if sum(len(one.token_ids) for one in held) >= self.buffer:
-                mixed = permuted(joined(held), generator)
-                # Half of what is there, in whole batches: the other half is mixed with what comes next.
-                n = max(1, self.buffer // 2 // self.batch_size) * self.batch_size
-                while len(mixed.token_ids) - n >= self.buffer:  # one forward may bring more than the buffer holds
-                    n += self.batch_size
-                yield from cut(taken(mixed, slice(0, n)), self.batch_size)
-                held = [taken(mixed, slice(n, None))]
-        if held and len(joined(held).token_ids):
-            yield from cut(permuted(joined(held), generator), self.batch_size)
+            if pool is None:
+                pool = rows.empty(self.buffer)
+            start = 0
+            while start < rows.n:
+                stop = min(rows.n, start + self.buffer - filled)
+                pool.put(slice(filled, filled + stop - start), rows, slice(start, stop))
+                filled += stop - start
+                start = stop
+                if filled == self.buffer:
+                    chosen = torch.randperm(self.buffer, generator=generator)[: self.batch_size]
+                    yield taken(pool, chosen)
+                    filled -= self.batch_size
+                    self.close_gaps(pool, chosen, filled)
+        if pool is not None and filled:
+            order = torch.randperm(filled, generator=generator)
+            yield from (taken(pool, which) for which in order.split(self.batch_size))
 
-
-def joined(parts: list[Rows]) -> Rows:
-    """Rows one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    return Rows(
-        {address: torch.cat([part[address] for part in parts]) for address in parts[0]},
-        torch.cat([part.token_ids for part in parts]),
-        torch.cat([part.sequence for part in parts]),
-        torch.cat([part.position for part in parts]),
-    )
-
-
-def taken(rows: Rows, which: slice | Tensor) -> Rows:
-    """Some of the rows."""
-    return Rows(
-        {address: value[which] for address, value in rows.items()},
-        rows.token_ids[which],
-        rows.sequence[which],
-        rows.position[which],
-    )
-
-
-def permuted(rows: Rows, generator: torch.Generator) -> Rows:
-    """The rows in random order."""
-    return taken(rows, torch.randperm(len(rows.token_ids), generator=generator))
-
-
-def cut(rows: Rows, batch_size: int) -> Iterator[Rows]:
-    """Batches of the rows; the last one may be smaller."""
-    for start in range(0, len(rows.token_ids), batch_size):
-        yield taken(rows, slice(start, start + batch_size))
+    @staticmethod
+    def close_gaps(pool: Rows, drawn: Int[Tensor, " b"], left: int) -> None:
+        """Move the rows beyond the first `left` places into the places that were drawn."""
+        beyond = torch.ones(len(pool.token_ids) - left, dtype=torch.bool)
+        beyond[drawn[drawn >= left] - left] = False
+        pool.put(drawn[drawn < left], pool, left + beyond.nonzero().flatten())
 
 
 def mixing(batches: Iterable[Int[Tensor, " n"]]) -> float:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import circuitbench as cb
-from circuitbench.activations import ActivationStream, Documents, Shuffled, mixing, packed
+from circuitbench.activations import ActivationStream, Documents, Rows, Shuffled, mixing, packed
 from circuitbench.tracing import capture
 
 SITES = ["layers.0.ssm.gated", "layers.1.ssm.state"]
@@ -158,15 +158,18 @@ def test_a_shuffle_hands_out_every_row_once_with_its_own_numbers(model: cb.Model
     assert not torch.equal(batches[0].position, other[0].position)
 
 
-def test_mixing_is_one_for_a_full_shuffle_and_grows_with_the_buffer(model: cb.Model) -> None:
-    stream = ActivationStream(model, SITES[0], [some_ids(4096)], context=32)
+def test_a_pool_mixes_as_computed() -> None:
+    """Rows that enter together meet in a batch with probability p/(2 − p), p = batch/pool; in a full shuffle, b/n."""
+    n, length, batch = 32_768, 32, 64
+    sequence = torch.arange(n // length).repeat_interleave(length)
+    position = torch.arange(n) % length
+    parts = [Rows({}, position[i : i + 128], sequence[i : i + 128], position[i : i + 128]) for i in range(0, n, 128)]
     generator = torch.Generator().manual_seed(0)
-    rows = torch.arange(128).repeat_interleave(32)
-    full = mixing(list(rows[torch.randperm(4096, generator=generator)].split(256)))
-    straight = mixing([part.sequence for part in stream])
-    small, large = (
-        mixing([part.sequence for part in Shuffled(stream, batch_size=256, buffer=size)]) for size in (512, 4096)
-    )
+    full = mixing(list(sequence[torch.randperm(n, generator=generator)].split(batch)))
     assert full == pytest.approx(1.0, abs=0.1)
-    assert large == pytest.approx(1.0, abs=0.1)
-    assert straight < 0.2 < small < 0.5
+    assert mixing([sequence[i : i + batch] for i in range(0, n, batch)]) < 0.01
+    for pool in (256, 2048):
+        found = mixing([rows.sequence for rows in Shuffled(parts, batch_size=batch, buffer=pool)])
+        assert found == pytest.approx((2 - batch / pool) * pool / n, rel=0.1)
+    whole = mixing([rows.sequence for rows in Shuffled(parts, batch_size=batch, buffer=n)])
+    assert whole == pytest.approx(1.0, abs=0.1)
