@@ -8,6 +8,7 @@ from circuitbench.dictionaries.batchtopk import BatchTopK
 from circuitbench.dictionaries.building import build, from_weights
 from circuitbench.dictionaries.files import load_dictionary
 from circuitbench.dictionaries.hub import from_hub, push_to_hub
+from circuitbench.dictionaries.matrix_atoms import Rank1
 from circuitbench.dictionaries.model_card import card
 from circuitbench.dictionaries.on_model import Evaluation, Windows, evaluate, feature_examples, train_on_text, train_sae
 from circuitbench.dictionaries.shelf import Pretrained, pretrained
@@ -21,6 +22,7 @@ __all__ = [
     "Dictionary",
     "Evaluation",
     "Pretrained",
+    "Rank1",
     "SparseCode",
     "TopK",
     "TrainResult",
