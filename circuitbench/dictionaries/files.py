@@ -100,11 +100,18 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    _put_in_place(unfinished, path)
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     save_file(tensors, unfinished, metadata)
+    _put_in_place(unfinished, path)
+
+
+def _put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a file its name once its bytes are on the disk: a name must not survive a power cut that they do not."""
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
