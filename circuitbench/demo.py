@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .activations import ActivationStream
 from .circuits import EffectMap
 from .demo_measures import (
     Measured,
@@ -26,7 +27,7 @@ from .demo_measures import (
     telling,
 )
 from .demo_report import write
-from .dictionaries import Evaluation, TrainResult, Windows, evaluate, feature_examples, train_on_text
+from .dictionaries import Evaluation, TrainResult, evaluate, feature_examples, train_on_text
 from .dictionaries.features import FeatureExamples
 from .errors import BadInput
 from .models import Model, load_model
@@ -117,8 +118,9 @@ def run_demo(*, fast: bool, model: str, text: str | None, out: Path, progress: b
     assert last.states is not None  # `measured_contrasts` measures them
     other_maps = [last.states, *branch_maps(loaded, last.contrast, progress)]
 
-    windows = Windows(loaded, site, training_text, context=256, prompts_per_forward=16)
-    training = train_on_text(windows, kind="topk", k=32, expansion=size.expansion, steps=size.steps, progress=progress)
+    stream = ActivationStream(loaded, site, training_text, progress=progress)
+    recipe = {"kind": "topk", "k": 32, "expansion": size.expansion, "steps": size.steps}
+    training = train_on_text(loaded, stream, site=site, **recipe, progress=progress)
     dictionary = training.dictionary
     dictionary.model_name = model
     dictionary.save(out / "dictionary")
@@ -138,7 +140,7 @@ def run_demo(*, fast: bool, model: str, text: str | None, out: Path, progress: b
         maps=maps,
         other_maps=other_maps,
         training=training,
-        n_tokens=sum(batch.numel() for batch in windows.batches),
+        n_tokens=stream.counts().tokens,
         evaluation=evaluation,
         examples=examples,
         cards=cards,

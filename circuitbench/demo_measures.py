@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .activations import ActivationStream
 from .circuits import EffectMap, ablation_effects, logit_diff, loss, patch_effects
 from .circuits.metrics import token_id
-from .dictionaries import Dictionary, Windows
+from .dictionaries import Dictionary
 from .dictionaries.features import FeatureExamples
 from .errors import BadInput
 from .models import Model
@@ -243,10 +244,11 @@ def steered(
 
 def windows_of(model: Model, site: str, text: list[str], context: int, n: int) -> Batch:
     """Some windows of a text, spread over it."""
-    batches = [batch for batch in Windows(model, site, text, context, 1).batches if batch.shape[1] == context]
-    if not batches:
+    sequences = [ids for _, ids in ActivationStream(model, site, text, context=context).sequences()]
+    whole = [ids for ids in sequences if len(ids) == context]
+    if not whole:
         raise BadInput(f"The held-out text is shorter than {context} tokens; give more text.")
-    return encode(model, torch.cat([batches[int(i)] for i in torch.linspace(0, len(batches) - 1, n)]))
+    return encode(model, [whole[int(i)] for i in torch.linspace(0, len(whole) - 1, n)])
 
 
 def preferences(model: Model, prompts: list[str], contrast: Contrast, change: Add) -> Tensor:

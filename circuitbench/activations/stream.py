@@ -123,12 +123,16 @@ class ActivationStream:
     def run(self, sequences: Iterable[tuple[int, list[int]]]) -> Iterator[Rows]:
         """The rows of some sequences, in order, one `Rows` a forward."""
         for ids, numbers in self.forwards(sequences):
-            found = capture(self.model, ids, self.sites, batch_size=len(ids), device=self.device, remote=self.remote)
             keep = self.kept(ids)
             # Chosen rows are copies: a site may be a part of a larger tensor, which would stay in memory with it.
-            values = {address: found.pop(address).reshape(*ids.shape, -1)[keep] for address in self.sites}
+            values = {address: value[keep] for address, value in self.read(ids).items()}
             positions = torch.arange(ids.shape[1]).expand_as(ids)
             yield Rows(values, ids[keep], numbers[:, None].expand_as(ids)[keep], positions[keep])
+
+    def read(self, ids: Int[Tensor, "b t"]) -> dict[str, Float[Tensor, "b t _"]]:
+        """What the sites hold for some sequences, one row a token."""
+        found = capture(self.model, ids, self.sites, batch_size=len(ids), device=self.device, remote=self.remote)
+        return {address: found[address].reshape(*ids.shape, -1) for address in self.sites}
 
     def forwards(
         self, sequences: Iterable[tuple[int, list[int]]] | None = None

@@ -10,7 +10,8 @@ from circuitbench.dictionaries.files import load_dictionary
 from circuitbench.dictionaries.hub import from_hub, push_to_hub
 from circuitbench.dictionaries.matrix_atoms import Rank1
 from circuitbench.dictionaries.model_card import card
-from circuitbench.dictionaries.on_model import Evaluation, Windows, evaluate, feature_examples, train_on_text, train_sae
+from circuitbench.dictionaries.judging import Evaluation, evaluate, feature_examples
+from circuitbench.dictionaries.on_model import train_many_on_text, train_on_text, train_sae
 from circuitbench.dictionaries.shelf import Pretrained, pretrained
 from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.dictionaries.topk import TopK
@@ -26,7 +27,6 @@ __all__ = [
     "SparseCode",
     "TopK",
     "TrainResult",
-    "Windows",
     "build",
     "card",
     "evaluate",
@@ -41,6 +41,7 @@ __all__ = [
     "push_to_hub",
     "train",
     "train_many",
+    "train_many_on_text",
     "train_on_text",
     "train_sae",
 ]

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import circuitbench as cb
-from circuitbench.dictionaries import Dictionary, Windows, feature_examples, from_weights, load_dictionary
+from circuitbench.activations import ActivationStream, store
+from circuitbench.dictionaries import (
+    Dictionary,
+    feature_examples,
+    from_weights,
+    load_dictionary,
+    train_many_on_text,
+)
 from circuitbench.errors import BadInput, SiteNotFound
 from circuitbench.models.zoo import corpus
 
@@ -75,35 +82,38 @@ def constant(value: Tensor) -> Dictionary:
     return dictionary
 
 
-def test_no_token_is_lost_or_doubled(model: cb.Model, text: list[str]) -> None:
-    windows = Windows(model, SITE, text, context=100, prompts_per_forward=3)
-    assert torch.equal(torch.cat([batch.flatten() for batch in windows.batches]), ids_of(model, text))
-    assert all(batch.shape[1] == 100 and len(batch) <= 3 for batch in windows.batches[:-1])
-    assert len(windows.batches[-1]) == 1 and windows.batches[-1].shape[1] == len(ids_of(model, text)) % 100
+def batches_of(model: cb.Model, text: str | list[str], context: int, n: int) -> list[Tensor]:
+    stream = ActivationStream(model, SITE, text, context=context, sequences_per_forward=n)
+    return [ids for ids, _ in stream.forwards()]
+
+
+def activations(model: cb.Model, text: str | list[str], context: int) -> Tensor:
+    return torch.cat(list(ActivationStream(model, SITE, text, context=context).site()))
 
 
 @torch.no_grad()
 def test_activations_are_those_of_every_token_but_special_ones(model: cb.Model, text: list[str]) -> None:
-    windows = Windows(model, SITE, text, context=100, prompts_per_forward=3)
+    batches = batches_of(model, text, 100, 3)
+    assert torch.equal(torch.cat([batch.flatten() for batch in batches]), ids_of(model, text))
     with gated(model) as seen:
-        for batch in windows.batches:
+        for batch in batches:
             model.hf(batch, use_cache=False)
     expected = torch.cat([rows.flatten(0, 1) for rows in seen])[ids_of(model, text) != model.tokenizer.eos_token_id]
-    found = windows.activations(progress=False)
+    found = activations(model, text, 100)
     assert len(found) == len(ids_of(model, text)) - 3  # one end of text between each two pieces
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_losses_are_those_of_plain_hooks(model: cb.Model, text: list[str]) -> None:
-    windows = Windows(model, SITE, text[0], context=64, prompts_per_forward=4)
-    mean = windows.activations(progress=False).mean(0)
+    batches = batches_of(model, text[0], 64, 4)
+    mean = activations(model, text[0], 64).mean(0)
     report = cb.evaluate(constant(mean), model, text[0], context=64, prompts_per_forward=4, progress=False)
-    assert report.ce_clean == pytest.approx(loss(model, windows.batches), rel=1e-5)
+    assert report.ce_clean == pytest.approx(loss(model, batches), rel=1e-5)
     with gated(model, torch.zeros_like):
-        assert report.ce_ablated["zero"] == pytest.approx(loss(model, windows.batches), rel=1e-5)
+        assert report.ce_ablated["zero"] == pytest.approx(loss(model, batches), rel=1e-5)
     with gated(model, lambda x: mean.expand_as(x)):
-        assert report.ce_ablated["mean"] == pytest.approx(loss(model, windows.batches), rel=1e-5)
+        assert report.ce_ablated["mean"] == pytest.approx(loss(model, batches), rel=1e-5)
     # A dictionary that always says the mean is as bad as the mean.
     assert report.ce_spliced == pytest.approx(report.ce_ablated["mean"], rel=1e-6)
     assert report.ce_recovered("mean") == pytest.approx(0.0, abs=1e-4)
@@ -130,7 +140,7 @@ def test_special_tokens_keep_their_own_activation(model: cb.Model) -> None:
     assert kept.sum() == 1
     with torch.no_grad(), gated(model, lambda x: torch.where(kept[:, : x.shape[1]], 0, x)):
         alone = loss(model, [ids])
-    batches = Windows(model, SITE, [text, "y = 1"], 11, 1).batches
+    batches = batches_of(model, [text, "y = 1"], 11, 1)
     assert torch.equal(batches[0], ids)
     n = [batch[:, 1:].numel() for batch in batches]
     with torch.no_grad(), gated(model, lambda x: torch.where((batches[1] != 0)[..., None], 0, x)):
@@ -154,25 +164,69 @@ def test_a_trained_dictionary_explains_held_out_text(model: cb.Model, text: list
 def test_examples_are_where_the_feature_is_strongest(model: cb.Model, text: list[str]) -> None:
     sae = identity(384)
     examples = feature_examples(sae, model, text, n=2, before=3, after=2, context=90, progress=False)
-    windows = Windows(model, SITE, text, 90, 16)
-    activations = windows.activations(progress=False)
+    found = activations(model, text, 90)
     kept = ids_of(model, text)[ids_of(model, text) != 0]
     feature = 17  # component 17, where it is positive
     best = examples.of(feature)[0]
-    place = int(activations[:, feature].argmax())
-    assert best.value == pytest.approx(activations[place, feature].item(), rel=1e-4)
+    place = int(found[:, feature].argmax())
+    assert best.value == pytest.approx(found[place, feature].item(), rel=1e-4)
     assert best.token_ids[best.peak] == kept[place]
-    assert examples.density[feature].item() == pytest.approx((activations[:, feature] > 0).float().mean().item())
+    assert examples.density[feature].item() == pytest.approx((found[:, feature] > 0).float().mean().item())
+
+
+def test_text_stream_and_store_train_the_same_dictionary(model: cb.Model, text: list[str], tmp_path: Path) -> None:
+    recipe = {"d_dict": 64, "k": 4, "steps": 4, "batch_size": 128, "progress": False}
+    stream = ActivationStream(model, [SITE, "layers.0.ssm.y"], text, context=128)
+    stored = store(stream, tmp_path / "store", sequences_per_shard=16)
+    trained = [
+        cb.train_sae(model, SITE, source, **recipe, **reading)
+        for source, reading in ((text, {"context": 128}), (stream, {}), (stored, {}))
+    ]
+    rows = torch.cat(list(stored.site(SITE)))
+    plain = cb.dictionaries.train(rows, **recipe).dictionary
+    for sae in trained:
+        torch.testing.assert_close(sae.W_enc, plain.W_enc, rtol=1e-4, atol=1e-5)
+        assert (sae.site, sae.model_name) == (SITE, "pylm-hybrid")
+        assert sae.metadata["activations"] == {"context": 128, "keep_special": False, "shapes": {SITE: [384]}}
+    with pytest.raises(BadInput, match="context: the stream that was given has its own"):
+        cb.train_sae(model, SITE, stream, context=64, **recipe)
+    with pytest.raises(BadInput, match=r"layers.2.ssm.y: not one of the sites here"):
+        cb.train_sae(model, "layers.2.ssm.y", stored, **recipe)
+
+
+def test_many_dictionaries_of_several_sites_come_from_one_stream(
+    model: cb.Model, text: list[str], tmp_path: Path
+) -> None:
+    recipes = [{"site": "layers.2.H1"}, {"site": "layers.0.ssm.y", "k": 8}, {"sites": [SITE, "layers.0.ssm.out"]}]
+    out = [tmp_path / str(number) for number in range(3)]
+    how = {"steps": 3, "batch_size": 64, "context": 128, "progress": False}
+    given = [{"k": 4, "d_dict": 64, **recipe} for recipe in recipes]
+    first, second, crosscoder = (result.dictionary for result in train_many_on_text(model, text, given, out=out, **how))
+    assert (first.site, second.site) == (SITE, "layers.0.ssm.y")
+    assert list(crosscoder.blocks) == [SITE, "layers.0.ssm.out"]
+    alone = cb.train_sae(model, SITE, text, k=4, d_dict=64, **how)
+    assert torch.equal(first.W_enc, alone.W_enc)
+    assert second.metadata["activations"]["shapes"] == {"layers.0.ssm.y": second_shape(model)}
+    assert load_dictionary(out[1]).metadata["activations"] == second.metadata["activations"]
+    # A site with heads is spliced in its own shape.
+    report = cb.evaluate(second, model, text[0][:300], context=64, progress=False)
+    assert report.ce_clean != report.ce_spliced and 0 < report.fvu < 2
+    with pytest.raises(BadInput, match="A recipe names what its dictionary reads"):
+        train_many_on_text(model, text, [{"k": 3}], **how)
+
+
+def second_shape(model: cb.Model) -> list[int]:
+    return list(cb.capture(model, "x", "layers.0.ssm.y")["layers.0.ssm.y"].shape[2:])
 
 
 @pytest.mark.parametrize(
     ("site", "given", "error", "message"),
     [
         ("layers.*.ssm.gated", "x = 1", BadInput, "stands for 2 sites"),
-        ("layers.0.ssm.y", "x = 1", BadInput, "one vector a token"),
+        ("layers.0.ssm.mixing", "x = 1", BadInput, "no row for each token"),
         ("layers.1.ssm.gated", "x = 1", SiteNotFound, r"layer 1 \(attention\) has"),
         (SITE, "", BadInput, "The text has no tokens"),
-        (SITE, ["x", 3], BadInput, "holds a int"),
+        (SITE, ["x", 3], BadInput, "path, token ids or a row, not int"),
     ],
 )
 def test_bad_input_is_said_in_one_sentence(model: cb.Model, site: str, given, error: type, message: str) -> None:
