@@ -143,7 +143,7 @@ def _facts(dictionary: Dictionary) -> dict[str, Any]:
         "d_dict": dictionary.d_dict,
         **({"d_out": dictionary.d_out} if dictionary.transcodes else {}),
         **{f"width of {address}": width for address, width in dictionary.blocks.items()},
-        "dtype": str(dictionary.W_enc.dtype).removeprefix("torch."),
+        "dtype": str(dictionary.b_dec.dtype).removeprefix("torch."),
     }
 
 

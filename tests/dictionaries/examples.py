@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from circuitbench import dictionaries
+from circuitbench.dictionaries import KINDS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk": {"k": 3},
     "batchtopk": {"k": 3},
     "matryoshka": {"k": 3, "prefixes": (5, 20)},
+    "rank1": {"k": 3, "shape": (2, 3)},
 }
 FORMS: dict[str, dict[str, Any]] = {
     "autoencoder": {},
@@ -20,6 +22,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "skip transcoder": {"d_out": 4, "skip": True},
     "crosscoder": {"blocks": {"layers.0.resid_post": 2, "layers.1.resid_post": 4}},
 }
+
+AUTOENCODERS_ONLY = ("rank1",)
+CASES = [
+    (kind, form) for kind in sorted(KINDS) for form in FORMS if form == "autoencoder" or kind not in AUTOENCODERS_ONLY
+]
 
 
 def example(kind: str, *, d_in: int = 6, d_dict: int = 20, seed: int = 0, **arguments: Any) -> dictionaries.Dictionary:

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from circuitbench import dictionaries
 from circuitbench.dictionaries import files
-from circuitbench.dictionaries.base import KINDS
 from circuitbench.errors import BadInput
-from tests.dictionaries.examples import FORMS, example
+from tests.dictionaries.examples import CASES, FORMS, example
 
 
 @pytest.fixture
@@ -38,8 +37,7 @@ def same(found: dictionaries.Dictionary, expected: dictionaries.Dictionary) -> N
     assert torch.equal(found(x), expected(x))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(("kind", "form"), CASES)
 def test_a_saved_dictionary_comes_back_to_the_last_bit(kind: str, form: str, tmp_path: Path) -> None:
     expected = example(kind, **FORMS[form])
     expected.save(tmp_path / "new" / "folder")

@@ -73,6 +73,11 @@ def main(root: Path) -> None:
         sae = SAE.load_from_disk(folder)
         answers(sae, x, root / "answers" / "ours" / f"{folder.name}.safetensors")
         sae.save_model(root / "resaved" / folder.name)
+    for folder in sorted((root / "only ours").iterdir()):
+        try:
+            SAE.load_from_disk(folder)
+        except Exception as error:  # noqa: BLE001 - which one it is, is what the test asks
+            (root / f"{folder.name}.error").write_text(repr(error))
     sizes = {"d_in": D_IN, "d_sae": D_SAE}
     for name, options in {**SAES, **REFUSED}.items():
         cls, config = get_sae_class(name.split(",")[0])

@@ -25,20 +25,30 @@ pytestmark = [
 ]
 
 D_IN, D_OUT, D_DICT = 32, 24, 128
-SETTINGS = {"topk": {"k": 8}, "batchtopk": {"k": 8}, "matryoshka": {"k": 8, "prefixes": (32, 128)}}
+SETTINGS = {
+    "rank1": {"k": 8, "shape": (4, 8)},
+    "topk": {"k": 8},
+    "batchtopk": {"k": 8},
+    "matryoshka": {"k": 8, "prefixes": (32, 128)},
+}
 KINDS = ("standard", "gated", "topk", "batchtopk", "jumprelu", "matryoshka")
 TRANSCODERS = ("standard", "batchtopk", "jumprelu", "matryoshka")  # SAELens has no topk and no gated one
 OURS = {
     **{kind: {} for kind in KINDS},
     **{f"{kind} transcoder": {"d_out": D_OUT} for kind in TRANSCODERS},
     **{f"{kind} skip transcoder": {"d_out": D_OUT, "skip": True} for kind in TRANSCODERS},
+    "matryoshka crosscoder": {"blocks": {"layers.0.resid_post": 12, "layers.1.resid_post": 20}},
     "topk crosscoder": {"blocks": {"layers.0.resid_post": 12, "layers.1.resid_post": 20}},
 }
+
+ONLY_OURS = {"topk transcoder": {"d_out": D_OUT}, "gated skip transcoder": {"d_out": D_OUT, "skip": True}, "rank1": {}}
 
 
 def made(name: str) -> dictionaries.Dictionary:
     kind = name.split()[0]
-    dictionary = dictionaries.build(kind, d_in=D_IN, d_dict=D_DICT, **OURS[name], **SETTINGS.get(kind, {}))
+    dictionary = dictionaries.build(
+        kind, d_in=D_IN, d_dict=D_DICT, **(OURS | ONLY_OURS)[name], **SETTINGS.get(kind, {})
+    )
     generator = torch.Generator().manual_seed(1)
     for key, tensor in dictionary.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)
@@ -56,6 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"x": torch.randn(64, D_IN, generator=torch.Generator().manual_seed(2))}, root / "x.safetensors")
     for name in OURS:
         made(name).save(root / "ours" / name)
+    for name in ONLY_OURS:
+        made(name).save(root / "only ours" / name)
     assert PYTHON is not None
     subprocess.run([PYTHON, str(SIDE), str(root)], check=True)
     return root
@@ -76,6 +88,15 @@ def compare(dictionary: dictionaries.Dictionary, root: Path, answer: str) -> Non
 @pytest.mark.parametrize("name", OURS)
 def test_saelens_loads_what_we_save(folder: Path, name: str) -> None:
     compare(made(name), folder, f"ours/{name}")
+
+
+@pytest.mark.parametrize("name", ONLY_OURS)
+def test_saelens_refuses_by_name_what_it_has_no_architecture_for(folder: Path, name: str) -> None:
+    error = (folder / f"{name}.error").read_text()
+    print(error)
+    assert f"circuitbench_{name.replace(' ', '_')}" in error
+    found = dictionaries.load_dictionary(folder / "only ours" / name)
+    assert all(torch.equal(tensor, made(name).state_dict()[key]) for key, tensor in found.state_dict().items())
 
 
 @pytest.mark.parametrize("name", OURS)

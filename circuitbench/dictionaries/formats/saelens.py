@@ -84,7 +84,7 @@ def config_of(dictionary: Dictionary, fingerprint: str) -> dict[str, Any]:
         "architecture": name,
         **sizes,
         **options,
-        "dtype": str(dictionary.W_enc.dtype).removeprefix("torch."),
+        "dtype": str(dictionary.b_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": not dictionary.transcodes,
         "normalize_activations": "none",
