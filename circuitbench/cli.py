@@ -1,4 +1,4 @@
-"""The command line: ``circuitbench info | sites | check | capture | demo``.
+"""The command line: ``circuitbench info | sites | check | capture | store | demo``.
 
 What was asked for goes to standard output, as text or with ``--json``; bars and errors go to standard error. The exit
 code is 1 if a check failed, and 2 if it could not be done as asked.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -17,6 +18,10 @@ from typing import Any
 import transformers
 
 from . import __version__
+from .activations import FORMATS, ActivationStream, StoredActivations, store
+from .activations.shards import RECORD
+from .dictionaries import load_dictionary
+from .dictionaries.formats.saelens import CONFIG
 from .errors import BadInput, CircuitbenchError
 from .models import Model, kernels, load_model
 from .tracing import capture, check, resolve
@@ -53,19 +58,21 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"circuitbench {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    info = command(commands, "info", run_info, "what a model is: its layers, its scans, its size")
+    info = command(commands, "info", run_info, "what a model is, or what a folder of ours holds")
     sites = command(commands, "sites", run_sites, "every tensor that can be read, by address and shape")
     checks = command(commands, "check", run_check, "verify on the live model that every site is what it is said to be")
     captures = command(commands, "capture", run_capture, "write a model's activations to safetensors files")
+    stores = command(commands, "store", run_store, "write the activations of a text to shards, and go on after a kill")
     demo = command(commands, "demo", run_demo, "the whole way on real text, into one HTML report")
 
-    for one in (info, sites, captures):
+    info.add_argument("model", metavar="MODEL", help=f"{MODEL}; or a folder of activations, or of a dictionary")
+    for one in (sites, captures, stores):
         one.add_argument("model", metavar="MODEL", help=MODEL)
     checks.add_argument("models", metavar="MODEL", nargs="+", help=MODEL)
-    for one in (info, sites, checks, captures):
+    for one in (info, sites, checks, captures, stores):
         one.add_argument("--device", help="where to put the weights (default: cpu)")
         one.add_argument("--dtype", help="floating-point type of the weights (default: float32)")
-    for one in (checks, captures):
+    for one in (checks, captures, stores):
         one.add_argument("--remote", nargs="?", const=True, default=False, metavar="ADDRESS", help="run on a server")
     checks.add_argument("--sites", nargs="+", metavar="SITE", help='only these, as "layers.*.ssm.y" (default: all)')
     checks.add_argument("--every-layer", action="store_true", help="edit in every layer, not in one of those alike")
@@ -75,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
     captures.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty or new folder")
     captures.add_argument("--positions", metavar="N", help='tokens to keep: "last", or indices as "0,1,-1"')
     captures.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts at once (default: 32)")
+    stores.add_argument("--text", nargs="+", type=Path, metavar="FILE", required=True, help="text files")
+    stores.add_argument("--sites", nargs="+", metavar="SITE", required=True, help='as "layers.*.ssm.gated"')
+    stores.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one to go on in")
+    stores.add_argument("--format", default="float32", choices=FORMATS, help="of the stored numbers (default: float32)")
+    stores.add_argument("--part", default="0/1", metavar="P/N", help="write part P of N, counted from 0 (default: 0/1)")
+    stores.add_argument("--context", type=int, default=256, metavar="N", help="tokens of a sequence (default: 256)")
+    stores.add_argument("--compress", action="store_true", help="pack the shards with zstd")
     demo.add_argument("--fast", action="store_true", help="less text and fewer steps")
     demo.add_argument("--model", default="zoo:pylm-hybrid", help=f"{MODEL} (default: zoo:pylm-hybrid)")
     demo.add_argument("--text", help="a text file to work on (default: text that ships with Python)")
@@ -91,7 +105,13 @@ def command(commands: Any, name: str, run: Any, what: str) -> argparse.ArgumentP
 
 
 def run_info(given: argparse.Namespace) -> int:
-    """``circuitbench info MODEL``"""
+    """``circuitbench info MODEL``, or a folder of activations, or of a dictionary"""
+    folder = Path(given.model)
+    if (folder / RECORD).is_file():
+        stored = StoredActivations(folder)
+        return put(given, stored.to_dict(), repr(stored))
+    if (folder / CONFIG).is_file():
+        return info_of_dictionary(given, folder)
     model = load_model(given.model, device=given.device, dtype=given.dtype)
     hf = model.hf
     found = {
@@ -120,6 +140,24 @@ def run_info(given: argparse.Namespace) -> int:
         *(f"  scan        {name}: {code}" for name, code in found["scans"].items()),
         f"  versions    {', '.join(f'{name} {number}' for name, number in found['versions'].items())}",
     ]
+    return put(given, found, "\n".join(lines))
+
+
+def info_of_dictionary(given: argparse.Namespace, folder: Path) -> int:
+    """What a dictionary in a folder is."""
+    dictionary = load_dictionary(folder)
+    found = {
+        "kind": dictionary.kind,
+        "model": dictionary.model_name,
+        "site": dictionary.site or list(dictionary.blocks),
+        "site_out": dictionary.site_out,
+        "d_in": dictionary.d_in,
+        "d_out": dictionary.d_out,
+        "d_dict": dictionary.d_dict,
+        **dictionary.settings,
+    }
+    said = {name: ", ".join(value) if isinstance(value, list) else value for name, value in found.items()}
+    lines = [f"{folder}: a dictionary", *(f"  {name:<10}{'unknown' if v is None else v}" for name, v in said.items())]
     return put(given, found, "\n".join(lines))
 
 
@@ -190,6 +228,29 @@ def run_capture(given: argparse.Namespace) -> int:
     }
     text = f"{len(prompts)} prompts, {len(found['sites'])} sites: {len(files)} files in {given.out}"
     return put(given, found, text)
+
+
+def run_store(given: argparse.Namespace) -> int:
+    """``circuitbench store MODEL --text … --sites … --out DIR``"""
+    model = load_model(given.model, device=given.device, dtype=given.dtype, remote=given.remote not in (False, "local"))
+    stream = ActivationStream(
+        model,
+        given.sites,
+        given.text,
+        context=given.context,
+        remote=given.remote,
+        progress=sys.stderr.isatty(),
+    )
+    stored = store(stream, given.out, dtype=given.format, part=part(given.part), compress=given.compress)
+    return put(given, stored.to_dict(), repr(stored))
+
+
+def part(given: str) -> tuple[int, int]:
+    """``--part`` as `store` takes it."""
+    match = re.fullmatch(r"(\d+)/(\d+)", given)
+    if match is None:
+        raise BadInput(f'--part {given!r} is not like "0/4", the first of four parts.')
+    return int(match[1]), int(match[2])
 
 
 def positions(given: str | None) -> str | list[int] | None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import circuitbench as cb
 from circuitbench import cli
+from circuitbench.activations import ActivationStream, StoredActivations
 from circuitbench.architectures import ARCHITECTURES
 
 IDS = "5 17 3 80 11"
@@ -46,6 +47,46 @@ def test_info_says_what_a_model_is(capsys: pytest.CaptureFixture[str]) -> None:
     _, text, _ = run(capsys, "info", "random:jamba", "--dtype", "bfloat16")
     assert f"{found['parameters']:,} in bfloat16" in text
     assert "attention layers.1, 3" in text
+
+
+def test_store_writes_what_info_describes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text, out = tmp_path / "ids.txt", tmp_path / "acts"
+    text.write_text(" ".join(str(5 + index % 60) for index in range(100)))
+    asked = ["--text", str(text), "--sites", "layers.0.H1", "layers.1.ssm.y", "--context", "16", "--out", str(out)]
+    asked = ["store", "random:mamba2", *asked, "--format", "int8"]
+    code, said, _ = run(capsys, *asked, "--part", "1/2")
+    assert code == 0 and ", unfinished" in said
+    assert run(capsys, "info", str(out))[1] == said
+    code, said, _ = run(capsys, *asked, "--part", "0/2", "--json")
+    found = json.loads(said)
+    assert code == 0 and found == json.loads(run(capsys, "info", str(out), "--json")[1])
+    assert found["sites"] == {"layers.0.ssm.gated": [64], "layers.1.ssm.y": [4, 16]}
+    assert (found["model"], found["dtype"], found["finished"], found["rows"]) == ("mamba2", "int8", True, 100)
+    stream = ActivationStream(cb.load_model("random:mamba2"), "layers.1.ssm.y", text, context=16)
+    expected = torch.cat(list(stream.site()))
+    step = expected.abs().amax(0) / 127
+    stored = [rows["layers.1.ssm.y"] for rows in StoredActivations(out)]
+    assert len(torch.cat(stored)) == 100 and (torch.cat(stored).amax(0) <= expected.amax(0) + step).all()
+    code, _, err = run(capsys, *asked, "--part", "half")
+    assert code == 2 and "--part 'half' is not like" in err
+
+
+def test_info_says_what_a_dictionary_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sae = cb.dictionaries.build("topk", d_in=8, d_dict=24, k=3)
+    sae.site, sae.model_name = "layers.1.ssm.gated", "pylm-hybrid"
+    sae.save(tmp_path)
+    found = json.loads(run(capsys, "info", str(tmp_path), "--json")[1])
+    assert found == {
+        "kind": "topk",
+        "model": "pylm-hybrid",
+        "site": "layers.1.ssm.gated",
+        "site_out": None,
+        "d_in": 8,
+        "d_out": 8,
+        "d_dict": 24,
+        "k": 3,
+    }
+    assert "site      layers.1.ssm.gated" in run(capsys, "info", str(tmp_path))[1]
 
 
 def test_sites_lists_what_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .batches import RowBatches, source_of
+from .numbers import FORMATS
 from .rows import Rows
 from .shards import StoredActivations
 from .shuffle import Shuffled, mixing
@@ -11,6 +12,7 @@ from .text import Documents, packed
 from .writing import store
 
 __all__ = [
+    "FORMATS",
     "ActivationStream",
     "Counts",
     "Documents",
