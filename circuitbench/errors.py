@@ -56,3 +56,17 @@ class RemoteError(CircuitbenchError):
 
 class JobFailed(RemoteError):
     """A remote job ran, and its code raised an error there."""
+
+
+class TrainingFailed(CircuitbenchError):
+    """Some of many dictionaries could not be trained; the others were, to the end.
+
+    Attributes:
+        failures: Name of the dictionary -> what went wrong.
+        results: As `train_many` returns them, None where one failed.
+    """
+
+    def __init__(self, message: str, failures: dict[str, Any], results: list[Any]) -> None:
+        super().__init__(message)
+        self.failures = failures
+        self.results = results

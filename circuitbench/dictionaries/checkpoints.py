@@ -69,9 +69,9 @@ def check_same(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> No
 def finish(folder: Path, dictionary: Dictionary, run: Run) -> None:
     """Write the dictionary and the record of the run; the checkpoint is no longer needed."""
     dictionary.save(folder)
-    record = {"settings": run.recipe.to_dict(), "history": run.history}
+    record = {"settings": run.recipe.to_dict(), "history": run.history, "diagnostics": run.diagnostics}
     write_text(folder / FINISHED, json.dumps(record, indent=1) + "\n")
-    (folder / CHECKPOINT).unlink()
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
@@ -82,7 +82,7 @@ def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def load_finished(folder: Path) -> tuple[Dictionary, History]:
-    """The dictionary and the history of a run that had nothing left to do."""
+def load_finished(folder: Path) -> tuple[Dictionary, History, dict[str, float]]:
+    """The dictionary, the history and the diagnostics of a run that had nothing left to do."""
     record = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-    return load_dictionary(folder).requires_grad_(False).eval(), record["history"]
+    return load_dictionary(folder).requires_grad_(False).eval(), record["history"], record["diagnostics"]

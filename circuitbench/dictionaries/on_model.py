@@ -15,6 +15,8 @@ from ..activations import ActivationStream, RowBatches, StoredActivations, name_
 from ..errors import BadInput
 from ..tracing.addresses import resolve
 from .base import Dictionary
+from .distributed import is_first
+from .many import folders_of, names_of
 from .training import TrainResult, train_many
 
 if TYPE_CHECKING:
@@ -86,8 +88,8 @@ def train_on_text(model: Model, text: Source, **settings: Any) -> TrainResult:
         text: As for `train_sae`.
         **settings: Of `train_sae`; `site` and `site_out` of a transcoder, `sites` of a crosscoder.
     """
-    names = ("steps", "batch_size", "seed", "resume", "stop_after", "checkpoint_every", "progress", *READING)
-    how = {name: settings.pop(name) for name in names if name in settings}
+    names = ("steps", "batch_size", "seed", "resume", "stop_after", "checkpoint_every", "progress", "loggers")
+    how = {name: settings.pop(name) for name in (*names, "distributed", *READING) if name in settings}
     out = settings.pop("out", None)
     return train_many_on_text(model, text, [settings], out=None if out is None else [out], **how)[0]
 
@@ -107,7 +109,7 @@ def train_many_on_text(
     remote: bool | str = False,
     batch_size: int = 1024,
     seed: int = 0,
-    out: Sequence[str | Path] | None = None,
+    out: Sequence[str | Path] | str | Path | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> list[TrainResult]:
@@ -125,7 +127,7 @@ def train_many_on_text(
         remote: this.
         batch_size: Rows a step.
         seed: Of the order of rows, and of the dictionaries whose recipe has none.
-        out: A folder for each dictionary.
+        out: A folder for each dictionary, or one for all.
         progress: Show progress bars.
         **settings: Of `dictionaries.train_many`: steps, resume, …
 
@@ -148,11 +150,12 @@ def train_many_on_text(
         source_of(model, sites, text, **reading), batch_size=batch_size, seed=seed, memory_gib=memory_gib
     )
     results = train_many(batches, addressed, batch_size=batch_size, seed=seed, out=out, progress=progress, **settings)
-    for number, (recipe, result) in enumerate(zip(addressed, results, strict=True)):
+    folders = folders_of(names_of(addressed), out).values()
+    for recipe, result, folder in zip(addressed, results, folders, strict=True):
         result.dictionary.model_name = name_of(model)
         result.dictionary.metadata["activations"] = about(batches, sites_of(recipe))
-        if out is not None and result.finished:
-            result.dictionary.save(out[number])  # once more, now that it knows where it belongs
+        if folder is not None and result.finished and is_first():
+            result.dictionary.save(folder)  # once more, now that it knows where it belongs
     return results
 
 

@@ -10,9 +10,11 @@ import torch
 
 from circuitbench.dictionaries.base import Dictionary
 from circuitbench.dictionaries.building import build, kind_of
+from circuitbench.dictionaries.schedules import LR_SCHEDULES, annealed_k, learning_rate
 from circuitbench.errors import BadInput
 
 DECODER_NORMS = ("unit", "tangent", "free")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Recipe:
         d_out: of a transcoder.
         settings: of the kind, such as k.
         options: of its training, such as sparsity weights.
+        k_start: k at the first step, where it moves.
+
+    The rest is as in `recipe` below.
     """
 
     kind: str
@@ -40,12 +45,19 @@ class Recipe:
     steps: int
     batch_size: int
     lr: float
+    lr_schedule: str
     lr_warmup: float
     lr_decay: float
+    k_start: int | None
+    k_anneal: float
     seed: int
     dead_after: int
+    resample_every: int | None
+    resample_scale: float | None
+    max_grad_norm: float | None
     decoder_norm: str
     dtype: str
+    precision: str
     log_every: int
     activations: str = field(default="")
 
@@ -69,10 +81,21 @@ class Recipe:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Of a step: up from 0 over the first `lr_warmup` of the run, down to 0 over the last `lr_decay`."""
-        up = (step + 1) / max(1, int(self.steps * self.lr_warmup))
-        down = (self.steps - step) / (self.lr_decay * self.steps) if self.lr_decay else 1.0
-        return self.lr * min(1.0, up, down)
+        """Of a step: see `schedules.learning_rate`."""
+        share = learning_rate(self.lr_schedule, step, self.steps, warmup=self.lr_warmup, decay=self.lr_decay)
+        return self.lr * share
+
+    def k_at(self, step: int) -> int | None:
+        """k of a step; None for kinds without one."""
+        k = self.settings.get("k")
+        if self.k_start is None or k is None:
+            return k
+        return annealed_k(step, self.steps, start=self.k_start, end=k, share=self.k_anneal)
+
+    def resamples_after(self, step: int) -> bool:
+        """Whether dead features begin anew when `step` steps are done: every so often, while as many are left."""
+        every = self.resample_every
+        return every is not None and step % every == 0 and step + every <= self.steps
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON knows it; settings and options beside the rest."""
@@ -95,12 +118,19 @@ def recipe(
     steps: int,
     batch_size: int,
     lr: float | None = None,
+    lr_schedule: str = "linear",
     lr_warmup: float = 0.05,
-    lr_decay: float = 0.8,
+    lr_decay: float | None = None,
+    k_start: int | None = None,
+    k_anneal: float = 0.5,
     seed: int = 0,
     dead_after: int | None = None,
+    resample_every: int | None = None,
+    resample_scale: float | None = None,
+    max_grad_norm: float | None = None,
     decoder_norm: str = "unit",
     dtype: torch.dtype = torch.float32,
+    precision: str = "float32",
     log_every: int | None = None,
     activations: str = "",
     **more: Any,
@@ -109,7 +139,39 @@ def recipe(
 
     Args:
         shapes: name -> width of the tensors that batches have.
+        kind: of the dictionary.
+        site: what is read, where there are several names.
+        sites: several of them: a crosscoder.
+        site_out: what a transcoder reconstructs.
+        d_dict: number of features; or give
+        expansion: d_dict / d_in.
+        k: for kinds that fix the number of active features.
+        skip: whether a transcoder has a linear path beside the features.
+        steps: optimizer steps.
+        batch_size: rows a step.
+        lr: highest learning rate; 0.11 / √d_in if not given.
+        lr_schedule: "linear", "cosine" or "constant".
+        lr_warmup: share of the run over which the learning rate rises.
+        lr_decay: share of the run over which it falls to 0; 0.8 if not given, and 0 for "constant".
+        k_start: k at the first step; it moves in a straight line to `k`,
+        k_anneal: which it reaches after this share of the run.
+        seed: of the initial directions.
+        dead_after: rows after which a feature that was not active counts as dead; a hundredth of the run if not given,
+            and at most 10 million.
+        resample_every: steps after which dead features begin anew where reconstruction is worst (`resampling`).
+        resample_scale: length of their encoders, in units of the living ones'.
+        max_grad_norm: gradients are shortened to this length, over all parameters together, where they are longer.
+        decoder_norm: "unit", "tangent" or "free": decoder rows are put to length 1 after each step; so, and what would
+            lengthen them taken out of the gradient before; or left as they come, and put to length 1 at the end.
+        dtype: of parameters and moments, torch.float32 or torch.float64.
+        precision: of the encoder's dense product: "float32" (the parameters' dtype) or "bfloat16". Kinds that choose
+            the k largest choose by it, and what is chosen is computed again in the parameters' dtype.
+        log_every: steps between entries of the history.
+        activations: fingerprint of the data.
         more: settings and training options of the kind.
+
+    Raises:
+        BadInput: arguments out of range, contradictory, or not of this kind.
     """
     cls = kind_of(kind)
     reads, writes = _names(shapes, site, sites, site_out)
@@ -124,12 +186,29 @@ def recipe(
         raise BadInput(f"dtype={dtype} was given; dictionaries train in torch.float32 or torch.float64.")
     if decoder_norm not in DECODER_NORMS:
         raise BadInput(f"decoder_norm={decoder_norm!r} was given; it is one of {', '.join(map(repr, DECODER_NORMS))}.")
-    if not 0 <= lr_warmup <= 1 or not 0 <= lr_decay <= 1:
-        raise BadInput(f"lr_warmup={lr_warmup} and lr_decay={lr_decay} are shares of the run, from 0 to 1.")
+    if lr_schedule not in LR_SCHEDULES:
+        raise BadInput(f"lr_schedule={lr_schedule!r} was given; it is one of {', '.join(map(repr, LR_SCHEDULES))}.")
+    if lr_schedule == "constant" and lr_decay:
+        raise BadInput(f"lr_decay={lr_decay} was given with lr_schedule='constant'; leave it out, or give 'linear'.")
+    lr_decay = (0.0 if lr_schedule == "constant" else 0.8) if lr_decay is None else lr_decay
+    for name, share in {"lr_warmup": lr_warmup, "lr_decay": lr_decay, "k_anneal": k_anneal}.items():
+        if not 0 <= share <= 1:
+            raise BadInput(f"{name}={share} was given; it is a share of the run, from 0 to 1.")
+    for name, value in {"lr": lr, "max_grad_norm": max_grad_norm, "resample_scale": resample_scale}.items():
+        if value is not None and not value > 0:
+            raise BadInput(f"{name}={value} was given; it must be above 0.")
+    if precision not in PRECISIONS or (precision == "bfloat16" and dtype != torch.float32):
+        raise BadInput(
+            f"precision={precision!r} was given with dtype={dtype}; it is one of {', '.join(map(repr, PRECISIONS))}, "
+            "and 'bfloat16' goes with torch.float32."
+        )
     if "k" in cls.settings_names:
         more["k"] = 32 if k is None else k
-    elif k is not None:
-        raise BadInput(f"k={k} was given; kind {kind!r} has no k" + _options_said(cls))
+        if k_start is not None and not 1 <= k_start <= d_dict:
+            raise BadInput(f"k_start={k_start} was given; it must lie between 1 and d_dict = {d_dict}.")
+    elif k is not None or k_start is not None:
+        raise BadInput(f"k={k}, k_start={k_start} was given; kind {kind!r} has no k" + _options_said(cls))
+    more = {**cls.default_settings(d_dict), **more}
     unknown = set(more) - set(cls.settings_names) - set(cls.training_options)
     if unknown:
         raise BadInput(f"{', '.join(sorted(unknown))} is not an argument of kind {kind!r}" + _options_said(cls))
@@ -142,16 +221,23 @@ def recipe(
         d_out=shapes[writes[0]] if writes else None,
         skip=skip,
         settings={name: more[name] for name in cls.settings_names if name in more},
-        options={name: more.get(name, default) for name, default in cls.training_options.items()},
+        options=cls.checked_options({name: more[name] for name in cls.training_options if name in more}),
         steps=positive("steps", steps),
         batch_size=batch_size,
         lr=0.11 / d_in**0.5 if lr is None else lr,
+        lr_schedule=lr_schedule,
         lr_warmup=lr_warmup,
         lr_decay=lr_decay,
+        k_start=k_start,
+        k_anneal=k_anneal,
         seed=seed,
         dead_after=min(10_000_000, steps * batch_size // 100) if dead_after is None else dead_after,
+        resample_every=None if resample_every is None else positive("resample_every", resample_every),
+        resample_scale=resample_scale,
+        max_grad_norm=max_grad_norm,
         decoder_norm=decoder_norm,
         dtype=str(dtype).removeprefix("torch."),
+        precision=precision,
         log_every=max(1, steps // 100) if log_every is None else positive("log_every", log_every),
         activations=activations,
     )

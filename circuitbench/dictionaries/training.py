@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
-from tqdm import tqdm
 
 from circuitbench.dictionaries import checkpoints
 from circuitbench.dictionaries.base import Dictionary
-from circuitbench.dictionaries.batches import Batches, batches_of
-from circuitbench.dictionaries.recipe import positive, recipe
+from circuitbench.dictionaries.batches import Batch, Batches, batches_of
+from circuitbench.dictionaries.distributed import ALONE, World, check_shares, divided
+from circuitbench.dictionaries.loggers import Logger, checked
+from circuitbench.dictionaries.loop import Plan, loop
+from circuitbench.dictionaries.many import folders_of, names_of
+from circuitbench.dictionaries.recipe import Recipe, positive, recipe
 from circuitbench.dictionaries.run import History, Run
-from circuitbench.errors import BadInput
+from circuitbench.errors import BadInput, TrainingFailed
 
 
 @dataclass
@@ -32,6 +34,8 @@ class TrainResult:
         finished: False if `stop_after` ended the run before its last step.
         rows_per_second: of this call, by the wall clock; 0 if it had nothing to do.
         settings: everything that determines the result besides the activations.
+        diagnostics: what the activations said before training: `gamma`, the length of their mean over the root of their
+            summed variances (`diagnostics.outlier_severity`), and `rows`, on how many it was measured.
     """
 
     dictionary: Dictionary
@@ -40,6 +44,7 @@ class TrainResult:
     finished: bool
     rows_per_second: float
     settings: dict[str, Any]
+    diagnostics: dict[str, float]
 
 
 def train(
@@ -59,6 +64,8 @@ def train(
     stop_after: int | None = None,
     checkpoint_every: int | None = None,
     progress: bool = True,
+    loggers: Sequence[Logger] = (),
+    distributed: str | None = None,
     **settings: Any,
 ) -> TrainResult:
     """Train a dictionary: Adam on the kind's own loss, `b_dec` from the data's mean.
@@ -84,9 +91,15 @@ def train(
         stop_after: leave a checkpoint in `out` after that many steps in all, and return.
         checkpoint_every: steps between checkpoints; a tenth of the run if not given.
         progress: show a progress bar.
+        loggers: who is told of the run, such as `[loggers.ToStdout()]`; see `loggers.Logger`.
+        distributed: "batches" if the rows of each batch are divided among the processes that torchrun started.
         **settings: of `recipe.recipe`: `site`, `sites`, `site_out` (names of what is read and reconstructed, where
-            there are several), `skip`, `lr_warmup`, `lr_decay`, `dead_after`, `decoder_norm`, `dtype`, `log_every`; and
-            the kind's own, such as `auxk_weight`.
+            there are several), `skip`, `lr_schedule`, `lr_warmup`, `lr_decay`, `k_start`, `k_anneal`, `dead_after`,
+            `resample_every`, `max_grad_norm`, `decoder_norm`, `dtype`, `precision`, `log_every`; and the kind's own,
+            such as `auxk_weight`.
+
+    With `out`, Ctrl-C and SIGTERM leave a checkpoint after the step that is being done: then KeyboardInterrupt is
+    raised, or the process ends with exit code 143. A second Ctrl-C is not waited with.
 
     Raises:
         BadInput: arguments out of range or contradictory, activations of the wrong shape or not finite, a checkpoint of
@@ -105,6 +118,8 @@ def train(
         stop_after=stop_after,
         checkpoint_every=checkpoint_every,
         progress=progress,
+        loggers=loggers,
+        distributed=distributed,
     )[0]
 
 
@@ -116,113 +131,168 @@ def train_many(
     steps: int = 1000,
     batch_size: int = 1024,
     seed: int = 0,
-    out: Sequence[str | Path] | None = None,
+    out: Sequence[str | Path] | str | Path | None = None,
     resume: bool = False,
     stop_after: int | None = None,
     checkpoint_every: int | None = None,
     progress: bool = True,
+    loggers: Sequence[Logger] = (),
+    distributed: str | None = None,
 ) -> list[TrainResult]:
     """Train many dictionaries from one stream of batches: every batch is made once and used by all.
 
     Args:
         activations: as in `train`; a mapping, or an iterable of such, where the recipes name several sites.
-        recipes: for each dictionary, what `train` takes besides the arguments here; `seed` may be among it.
+        recipes: for each dictionary, what `train` takes besides the arguments here; `seed` may be among it, and a
+            `name`. `grid` makes them.
         targets: as in `train`.
         steps: optimizer steps.
         batch_size: rows a step.
         seed: of the order of rows, and of the dictionaries whose recipe has none.
-        out: a folder for each dictionary.
-        resume: as in `train`.
+        out: a folder for each dictionary, or one for all, in which each has one of its name.
+        resume: as in `train`. Dictionaries that are finished are read, those that are behind catch up.
         stop_after: as in `train`.
         checkpoint_every: as in `train`.
         progress: show a progress bar.
+        loggers: as in `train`; of several dictionaries, numbers have the name before them: "a/fvu".
+        distributed: how work is divided among the processes that torchrun started. "dictionaries": process r trains the
+            recipes r, r + size, …, and all results are read from `out`. "batches": all train all, each on its share of
+            every batch, with the mean of their gradients; the first process writes. Every process makes all batches.
 
     Returns:
         One result for each recipe; `rows_per_second` is that of all together.
 
     Raises:
         BadInput: as `train`; no recipe; another number of folders than of recipes.
+        TrainingFailed: some dictionaries failed, such as one whose learning rate was too high; it names them, and holds
+            the results of the others.
     """
     if not recipes:
         raise BadInput("no recipe was given; train_many needs at least one.")
-    if out is not None and len({Path(folder) for folder in out}) != len(recipes):
-        raise BadInput(
-            f"{len(recipes)} recipes were given and out={list(map(str, out))}; give each a folder of its own."
-        )
+    names = names_of(recipes)
+    folders = folders_of(names, out)
     if stop_after is not None and (out is None or not 1 <= stop_after <= steps):
         raise BadInput(
             f"stop_after={stop_after} needs `out`, for the checkpoint, and must lie between 1 and steps = {steps}."
         )
     if resume and out is None:
         raise BadInput("resume=True needs `out`, the folder that holds the checkpoint.")
+    world = ALONE if distributed is None else World.initialised(distributed)
+    if distributed is not None:
+        check_shares(world, batch_size, distributed, out is not None)
     batches = batches_of(activations, targets, batch_size, seed)
+    rows = getattr(batches, "batch_size", batch_size)
+    if rows != batch_size:
+        raise BadInput(f"batch_size={batch_size} was given, and the batches have {rows} rows; give the same.")
     sample = batches.sample()
     shapes = {name: rows.shape[1] for name, rows in sample.items()}
     common = {"steps": steps, "batch_size": batch_size, "activations": batches.fingerprint}
-    made = [recipe(shapes, **{"seed": seed, **given}, **common) for given in recipes]
-    folders = [None] * len(made) if out is None else [Path(folder) for folder in out]
-    if resume and all(
-        folder is not None and checkpoints.is_finished(folder, one.to_dict())
-        for folder, one in zip(folders, made, strict=True)
-    ):
-        return [_read(folder, one.to_dict(), steps) for folder, one in zip(folders, made, strict=True)]
-
-    runs = [Run(one, sample) for one in made]
-    for folder, run in zip(folders, runs, strict=True):
-        if folder is not None:
-            (checkpoints.load if resume else checkpoints.begin)(folder, run)
-    if len({run.step for run in runs}) != 1:
-        raise BadInput(f"the runs in {out} are at steps {[run.step for run in runs]}; resume only what began together.")
+    made = {
+        name: _made(name, shapes, {"seed": seed, **given, **common}) for name, given in zip(names, recipes, strict=True)
+    }
     every = max(1, steps // 10) if checkpoint_every is None else positive("checkpoint_every", checkpoint_every)
-    first, seconds = runs[0].step, _loop(runs, folders, batches, steps, stop_after or steps, every, progress)
-    results = [
-        TrainResult(
-            dictionary=run.finished(),
-            history=run.history,
-            step=run.step,
-            finished=run.step == steps,
-            rows_per_second=(run.step - first) * batch_size / seconds if run.step > first else 0.0,
-            settings=run.recipe.to_dict(),
-        )
-        for run in runs
-    ]
-    for folder, run, result in zip(folders, runs, results, strict=True):
-        if folder is not None and result.finished:
-            checkpoints.finish(folder, result.dictionary, run)
+    plan = Plan(stop_after or steps, steps, batch_size, every, progress, checked(loggers))
+    if distributed == "dictionaries":
+        plan.progress = progress and world.rank == 0
+
+        def some(which: list[int]) -> dict[str, TrainResult]:
+            return _train({names[i]: made[names[i]] for i in which}, folders, batches, sample, plan, resume)
+
+        own = divided(world, len(names), some)
+        results = {name: own[name] if name in own else _read(folders[name], made[name], sample) for name in names}
+        world.wait()  # until all have read what others wrote
+        return [results[name] for name in names]
+    plan.world = world
+    results = _train(made, folders, batches, sample, plan, resume)
+    return [results[name] for name in names]
+
+
+def _train(
+    made: Mapping[str, Recipe],
+    folders: Mapping[str, Path | None],
+    batches: Batches,
+    sample: Batch,
+    plan: Plan,
+    resume: bool,
+) -> dict[str, TrainResult]:
+    """Train the recipes from their beginnings or checkpoints; those that are finished are read."""
+    world = plan.world
+    finished = {name for name, one in made.items() if resume and _is_finished(folders[name], one)}
+    results = {name: _read(folders[name], made[name], sample) for name in finished}
+    runs = [Run(one, sample, name, world) for name, one in made.items() if name not in finished]
+    if not runs:
+        return results
+    world.first_does(lambda: _begin(runs, folders, resume))
+    for run in runs:
+        folder = folders[run.name]
+        if resume and folder is not None:
+            checkpoints.load(folder, run)
+    outcome = loop(runs, folders, batches, plan)
+    for run in runs:
+        if run.name not in outcome.failures:
+            results[run.name] = _result(run, outcome.rows_per_second)
+            folder = folders[run.name]
+            if folder is not None and results[run.name].finished and world.rank == 0:
+                checkpoints.finish(folder, results[run.name].dictionary, run)
+    world.wait()
+    if outcome.failures:
+        _raise(outcome.failures, [results.get(name) for name in made])
     return results
 
 
-def _loop(
-    runs: list[Run],
-    folders: Sequence[Path | None],
-    batches: Batches,
-    steps: int,
-    last: int,
-    checkpoint_every: int,
-    progress: bool,
-) -> float:
-    """Train until step `last`; returns the seconds it took."""
-    started = time.perf_counter()
-    kinds = ", ".join(dict.fromkeys(run.recipe.kind for run in runs))
-    with tqdm(total=steps, initial=runs[0].step, disable=not progress, unit="step", desc=f"training {kinds}") as bar:
-        for batch in batches.from_step(runs[0].step):
-            if runs[0].step >= last:
-                break
-            entries = [run.train_on(batch) for run in runs]
-            if entries[0]:
-                means = {
-                    name: sum(e[name] for e in entries if e) / len(entries) for name in ("fvu", "l0", "dead_share")
-                }
-                bar.set_postfix(fvu=f"{means['fvu']:.3f}", l0=f"{means['l0']:.1f}", dead=f"{means['dead_share']:.1%}")
-            for folder, run in zip(folders, runs, strict=True):
-                if folder is not None and (run.step % checkpoint_every == 0 or run.step == last):
-                    checkpoints.save(folder, run)
-            bar.update()
-    return time.perf_counter() - started
+def _begin(runs: Sequence[Run], folders: Mapping[str, Path | None], resume: bool) -> None:
+    """Write the first checkpoints, where none is to be resumed."""
+    places = [(folder, run) for run in runs if (folder := folders[run.name]) is not None]
+    # A run of many that was killed while it wrote its first checkpoints lacks some: those begin now, and catch up.
+    some_begun = any((folder / checkpoints.CHECKPOINT).exists() for folder, _ in places)
+    for folder, run in places:
+        if not resume or (some_begun and not (folder / checkpoints.CHECKPOINT).exists()):
+            checkpoints.begin(folder, run)
 
 
-def _read(folder: Path | None, settings: dict[str, Any], steps: int) -> TrainResult:
-    """The result of a run that had nothing left to do."""
+def _raise(failures: dict[str, BadInput], results: list[TrainResult | None]) -> NoReturn:
+    """The error of a dictionary that is alone; of several, one that names each."""
+    if len(results) == 1:
+        raise next(iter(failures.values()))
+    listed = "; ".join(f"{name}: {error}" for name, error in failures.items())
+    raise TrainingFailed(
+        f"{len(failures)} of {len(results)} dictionaries failed, the others were trained. {listed}", failures, results
+    ) from next(iter(failures.values()))
+
+
+def _result(run: Run, rows_per_second: float) -> TrainResult:
+    return TrainResult(
+        dictionary=run.finished(),
+        history=run.history,
+        step=run.step,
+        finished=run.step == run.recipe.steps,
+        rows_per_second=rows_per_second,
+        settings=run.recipe.to_dict(),
+        diagnostics=run.diagnostics,
+    )
+
+
+def _is_finished(folder: Path | None, one: Recipe) -> bool:
+    return folder is not None and checkpoints.is_finished(folder, one.to_dict())
+
+
+def _read(folder: Path | None, one: Recipe, sample: Batch) -> TrainResult:
+    """The result of a run that had nothing left to do here: it is finished, or another process left a checkpoint."""
     assert folder is not None
-    dictionary, history = checkpoints.load_finished(folder)
-    return TrainResult(dictionary, history, steps, True, 0.0, settings)
+    if _is_finished(folder, one):
+        dictionary, history, found = checkpoints.load_finished(folder)
+        return TrainResult(dictionary, history, one.steps, True, 0.0, one.to_dict(), found)
+    run = Run(one, sample)
+    checkpoints.load(folder, run)
+    return _result(run, 0.0)
+
+
+def _made(name: str, shapes: Mapping[str, int], given: dict[str, Any]) -> Recipe:
+    """A recipe, or what is wrong with it, with its name."""
+    given.pop("name", None)
+    try:
+        return recipe(shapes, **given)
+    except BadInput as error:
+        if not name:
+            raise
+        raise BadInput(f"{name}: {error}") from error
