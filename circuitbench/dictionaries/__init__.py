@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from circuitbench.dictionaries import evaluation, features, losses
+from circuitbench.dictionaries import evaluation, features, loggers, losses
 from circuitbench.dictionaries.base import KINDS, Dictionary
 from circuitbench.dictionaries.batchtopk import BatchTopK
 from circuitbench.dictionaries.building import build, from_weights
 from circuitbench.dictionaries.files import load_dictionary
+from circuitbench.dictionaries.gated import Gated
 from circuitbench.dictionaries.hub import from_hub, push_to_hub
-from circuitbench.dictionaries.matrix_atoms import Rank1
-from circuitbench.dictionaries.model_card import card
 from circuitbench.dictionaries.judging import Evaluation, evaluate, feature_examples
+from circuitbench.dictionaries.jumprelu import JumpReLU
+from circuitbench.dictionaries.many import grid
+from circuitbench.dictionaries.matrix_atoms import Rank1
+from circuitbench.dictionaries.matryoshka import Matryoshka
+from circuitbench.dictionaries.model_card import card
 from circuitbench.dictionaries.on_model import train_many_on_text, train_on_text, train_sae
 from circuitbench.dictionaries.shelf import Pretrained, pretrained
 from circuitbench.dictionaries.sparse import SparseCode
+from circuitbench.dictionaries.standard import Standard
 from circuitbench.dictionaries.topk import TopK
 from circuitbench.dictionaries.training import TrainResult, train, train_many
 
@@ -22,9 +27,13 @@ __all__ = [
     "BatchTopK",
     "Dictionary",
     "Evaluation",
+    "Gated",
+    "JumpReLU",
+    "Matryoshka",
     "Pretrained",
     "Rank1",
     "SparseCode",
+    "Standard",
     "TopK",
     "TrainResult",
     "build",
@@ -35,7 +44,9 @@ __all__ = [
     "features",
     "from_hub",
     "from_weights",
+    "grid",
     "load_dictionary",
+    "loggers",
     "losses",
     "pretrained",
     "push_to_hub",

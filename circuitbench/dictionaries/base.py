@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from circuitbench.dictionaries import sparse
-from circuitbench.dictionaries.sparse import SparseCode
+from circuitbench.dictionaries.sparse import SparseCode, Support
 from circuitbench.errors import BadInput
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class Step:
         options: the kind's `training_options`, as they are at this step: sparsity weights with their schedule applied.
         decoder_norm: how the length of decoder rows is handled: "unit", "tangent" or "free".
         memory: what the kind remembers from step to step; checkpoints hold it.
+        steps: of the run.
+        error: what a reconstruction of the target costs, differentiable in the reconstruction; the share of variance
+            that is left, where it is not given.
     """
 
     progress: float
@@ -43,6 +46,8 @@ class Step:
     options: Mapping[str, Any]
     decoder_norm: str = "unit"
     memory: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 1000
+    error: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -86,9 +91,13 @@ class Dictionary(nn.Module, ABC):
     settings_names: ClassVar[tuple[str, ...]] = ()  # what `build` takes and `save` keeps besides the sizes
     # What `train` takes for this kind only, with defaults: sparsity weights, bandwidths, …
     training_options: ClassVar[Mapping[str, Any]] = {}
-    # Parameters and buffers in the units of the activations: they grow with the scale of the data.
-    activation_units: ClassVar[tuple[str, ...]] = ("b_enc", "threshold")
+    # Added to x @ W_enc; the first one decides which features are active.
+    encoder_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    # What stays in float32 whatever the dictionary's dtype is. In units of the activations, as the biases are.
+    float32: ClassVar[tuple[str, ...]] = ()
 
+    b_enc: nn.Parameter
+    threshold: Tensor  # of the kinds that have one
     W_skip: nn.Parameter | None
 
     def __init__(
@@ -118,7 +127,8 @@ class Dictionary(nn.Module, ABC):
         generator = torch.Generator().manual_seed(seed ^ _SEED_SALT)
         directions = F.normalize(torch.randn(d_dict, d_in, generator=generator), dim=1).to(dtype)
         self.W_enc = nn.Parameter(directions.clone().T)
-        self.b_enc = nn.Parameter(torch.zeros(d_dict, dtype=dtype))
+        for name in self.encoder_biases:
+            self.register_parameter(name, nn.Parameter(torch.zeros(d_dict, dtype=dtype)))
         if self.transcodes:  # what is read and what is written have nothing to do with each other: not tied
             directions = F.normalize(torch.randn(d_dict, d_out, generator=generator), dim=1).to(dtype)
         self.W_dec = nn.Parameter(directions)
@@ -128,6 +138,7 @@ class Dictionary(nn.Module, ABC):
         self.site_out: str | None = None
         self.model_name: str | None = None
         self.metadata: dict[str, Any] = {}
+        self.product_dtype: torch.dtype | None = None  # of the encoder's dense product in training; None: the weights'
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -153,6 +164,21 @@ class Dictionary(nn.Module, ABC):
     def settings(self) -> dict[str, Any]:
         """What distinguishes this dictionary from others of its kind and size, such as `{"k": 32}`."""
         return {name: getattr(self, name) for name in self.settings_names}
+
+    @classmethod
+    def default_settings(cls, d_dict: int) -> dict[str, Any]:
+        """Settings that have a default, for a dictionary of this size."""
+        return {}
+
+    @classmethod
+    def checked_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of training, what was left out as it is by default; BadInput where they contradict each other."""
+        return {**cls.training_options, **options}
+
+    @property
+    def encoder_bias(self) -> Float[Tensor, " d_dict"]:
+        """The bias of `preactivations`."""
+        return getattr(self, self.encoder_biases[0])
 
     @property
     def b_in(self) -> Float[Tensor, " d_in"] | None:
@@ -182,6 +208,10 @@ class Dictionary(nn.Module, ABC):
             )
         return features @ self.W_dec + self.b_dec
 
+    def offset(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "*n d_out"]:
+        """What is reconstructed where no feature is active: b_dec, plus the skip."""
+        return self.b_dec if self.W_skip is None else torch.addmm(self.b_dec, x, self.W_skip.T)
+
     def reconstruct(self, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[Tensor, "n d_out"]:
         """What a code of x stands for: decode(code), plus the skip."""
         decoded = self.decode(code)
@@ -196,18 +226,55 @@ class Dictionary(nn.Module, ABC):
         self, x: Float[Tensor, "n d_in"], features: Int[Tensor, " some"] | None = None
     ) -> Float[Tensor, "n some"]:
         """x @ W_enc + b_enc (x − b_dec, where that is subtracted), of all features or of those listed."""
-        W_enc, b_enc = (
-            (self.W_enc, self.b_enc) if features is None else (self.W_enc.T[features].T, self.b_enc[features])
-        )
+        W_enc, bias = self.W_enc, self.encoder_bias
+        if features is not None:
+            W_enc, bias = W_enc.T[features].T, bias[features]
         x = self._checked(x)
-        return torch.addmm(b_enc, x if self.b_in is None else x - self.b_in, W_enc)
+        x = x if self.b_in is None else x - self.b_in
+        if self.product_dtype is not None:
+            return (x.to(self.product_dtype) @ W_enc.to(self.product_dtype)).to(bias) + bias
+        return torch.addmm(bias, x, W_enc)
+
+    def chosen_preactivations(
+        self, x: Float[Tensor, "n d_in"], values: Float[Tensor, " nnz"], support: Support
+    ) -> Float[Tensor, " nnz"]:
+        """Entries that were chosen from `preactivations`, differentiable once at the cost of the entries.
+
+        Args:
+            values: what `preactivations` gave for them; computed again where its product was a rounded one.
+        """
+        if self.product_dtype is not None:
+            with torch.no_grad():
+                shifted = x if self.b_in is None else x - self.b_in
+                values = support.sampled_product(shifted, self.W_enc.T) + self.encoder_bias[support.columns]
+        return sparse.preactivations(x, self.W_enc, self.encoder_bias, self.b_in, values, support)
+
+    def block_norms(self) -> Float[Tensor, "blocks d_dict"]:
+        """How much of each feature's decoder direction lies in each of a crosscoder's blocks.
+
+        Lengths of the parts, each in units of its site's activations (the root of the mean variance of a component in
+        training), over their sum: a feature that both of two models have alike has 0.5 and 0.5, one that only the first
+        has 1 and 0 (Lindsey et al. 2024, "Sparse crosscoders for cross-layer features and model diffing").
+
+        Raises:
+            BadInput: for a dictionary that is no crosscoder.
+        """
+        if not self.blocks:
+            raise BadInput(
+                "block_norms belongs to a crosscoder, and this dictionary has one site; train it on several."
+            )
+        scales = self.metadata.get("block_scales", [1.0] * len(self.blocks))
+        parts = self.W_dec.detach().split(list(self.blocks.values()), dim=1)
+        norms = torch.stack([part.norm(dim=1) / scale for part, scale in zip(parts, scales, strict=True)])
+        return norms / norms.sum(0).clamp_min(torch.finfo(norms.dtype).tiny)
 
     @torch.no_grad()
     def start_at(self, mean: Float[Tensor, " d_in"], target_mean: Float[Tensor, " d_out"]) -> None:
         """Before training: b_dec is the data's mean, and a transcoder's encoder sees its input without the mean."""
         self.b_dec.copy_(target_mean)
         if self.transcodes:
-            self.b_enc.copy_(-(mean.to(self.W_enc) @ self.W_enc))
+            for name in self.encoder_biases:
+                getattr(self, name).copy_(-(mean.to(self.W_enc) @ self.W_enc))
 
     @torch.no_grad()
     def after_step(self, objective: Objective, step: Step) -> None:
@@ -234,6 +301,10 @@ class Dictionary(nn.Module, ABC):
             target_scale: the same for what is reconstructed. Decoder rows keep their length if it is one number.
         """
         unit = target_scale.mean().to(self.W_dec)
+        if self.blocks:
+            scales = [block.mean().item() for block in target_scale.expand(self.d_in).split(list(self.blocks.values()))]
+            known = self.metadata.get("block_scales", [1.0] * len(scales))
+            self.metadata["block_scales"] = [a * b for a, b in zip(known, scales, strict=True)]
         self.W_enc /= scale.to(self.W_enc).expand(self.d_in)[:, None]
         if self.W_skip is not None:
             self.W_skip.data *= target_scale.to(self.W_skip).expand(self.d_out)[:, None] / scale.to(self.W_skip)
@@ -243,9 +314,18 @@ class Dictionary(nn.Module, ABC):
 
     def _scale_activations(self, factor: Float[Tensor, " d_dict"]) -> None:
         self.W_enc *= factor
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if name in self.activation_units:
-                tensor *= factor
+        for name in (*self.encoder_biases, *self.float32):
+            getattr(self, name).mul_(factor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Dictionary:
+        # `.to(torch.bfloat16)` and the like: steps of a threshold are smaller than bfloat16 can tell apart.
+        before = {name: getattr(self, name).data for name in self.float32}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != value.dtype:
+                tensor.data = value.to(tensor.device)
+        return self
 
     def travelling(self, features: list[int]) -> Any:
         """The encoder of these features alone, of plain tensors, for a run elsewhere (see `travelling.Encoder`)."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from circuitbench.dictionaries import losses
 from circuitbench.dictionaries.base import Dictionary, Objective, Step
-from circuitbench.dictionaries.selection import top_of_batch
-from circuitbench.dictionaries.sparse import SparseCode, Support, preactivations
+from circuitbench.dictionaries.selection import above, top_of_batch
+from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.dictionaries.topk import checked_k
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class BatchTopK(Dictionary):
     kind: ClassVar[str] = "batchtopk"
     settings_names: ClassVar[tuple[str, ...]] = ("k",)
     training_options: ClassVar[Mapping[str, Any]] = {"auxk_weight": 1 / 32}
+    float32: ClassVar[tuple[str, ...]] = ("threshold",)
 
     threshold: Tensor
 
@@ -47,10 +48,8 @@ class BatchTopK(Dictionary):
         """The features above the threshold, differentiable once in x and the parameters."""
         x = self._checked(x)
         with torch.no_grad():
-            scores = self.preactivations(x)
-            mask = scores > self.threshold.clamp_min(0)
-            support, values = Support.of_mask(mask), scores[mask]
-        return SparseCode(preactivations(x, self.W_enc, self.b_enc, self.b_in, values, support), support)
+            values, support = above(self.preactivations(x), self.threshold.clamp_min(0))
+        return SparseCode(self.chosen_preactivations(x, values, support), support)
 
     def encode_batch(self, x: Float[Tensor, "n d_in"], weights: Tensor | None = None) -> SparseCode:
         """As in training: the k · n largest positive entries of the batch.
@@ -66,7 +65,7 @@ class BatchTopK(Dictionary):
             )
             if weights is not None:
                 values = scores[support.rows, support.columns]
-        return SparseCode(preactivations(x, self.W_enc, self.b_enc, self.b_in, values, support), support)
+        return SparseCode(self.chosen_preactivations(x, values, support), support)
 
     def objective(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], step: Step) -> Objective:
         """The squared error, and AuxK for the dead features."""

@@ -38,12 +38,14 @@ def build(
         blocks: of a crosscoder: address -> width of the sites that are read and reconstructed together.
         dtype: of the parameters.
         seed: of the directions.
-        **settings: what the kind asks for; "topk" and "batchtopk": `k`, the number of features active on a row.
+        **settings: what the kind asks for; "topk", "batchtopk", "matryoshka": `k`, the number of features active on a
+            row; "matryoshka": `prefixes`, which has a default.
 
     Raises:
         BadInput: unknown kind, a setting it lacks or does not have, or a value out of range.
     """
     cls = kind_of(kind)
+    settings = {**cls.default_settings(d_dict), **settings}
     if set(settings) != set(cls.settings_names):
         raise BadInput(
             f"a dictionary of kind {kind!r} takes the settings {', '.join(cls.settings_names) or 'none'}; "

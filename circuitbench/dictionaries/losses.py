@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from circuitbench.dictionaries import sparsity
 from circuitbench.dictionaries.base import Dictionary, Objective, Step
 from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.errors import BadInput
@@ -20,6 +22,13 @@ def squared_error(x: Float[Tensor, "n d"], reconstruction: Float[Tensor, "n d"])
     return (x - reconstruction).pow(2).sum(1).mean()
 
 
+def error(dictionary: Dictionary, target: Tensor, reconstruction: Tensor, step: Step) -> Float[Tensor, ""]:
+    """What a reconstruction costs: by default the squared error as a share of variance."""
+    if step.error is not None:
+        return step.error(target, reconstruction)
+    return squared_error(target, reconstruction) / dictionary.d_out
+
+
 def error_and_auxk(
     dictionary: Dictionary,
     x: Float[Tensor, "n d_in"],
@@ -27,14 +36,69 @@ def error_and_auxk(
     code: SparseCode,
     step: Step,
 ) -> Objective:
-    """The squared error as a share of variance, plus `auxk_weight` · AuxK: what kinds with a fixed L0 make small."""
+    """The error, plus `auxk_weight` · AuxK: what kinds with a fixed L0 make small."""
     reconstruction = dictionary.reconstruct(x, code)
-    fvu = squared_error(target, reconstruction) / dictionary.d_out
-    parts, loss = {"fvu": fvu.detach()}, fvu
+    return with_auxk(dictionary, x, target, code, reconstruction, error(dictionary, target, reconstruction, step), step)
+
+
+def with_auxk(
+    dictionary: Dictionary,
+    x: Float[Tensor, "n d_in"],
+    target: Float[Tensor, "n d_out"],
+    code: SparseCode,
+    reconstruction: Float[Tensor, "n d_out"],
+    loss: Float[Tensor, ""],
+    step: Step,
+) -> Objective:
+    """A loss, plus `auxk_weight` · AuxK where features are dead."""
+    parts = {"error": loss.detach()}
     if len(step.dead) and step.options["auxk_weight"]:
         aux = auxk(dictionary, x, step.dead, target=target, reconstruction=reconstruction.detach())
         parts["auxk"], loss = aux.detach(), loss + step.options["auxk_weight"] * aux
     return Objective(loss, reconstruction.detach(), code.detach(), parts)
+
+
+def with_sparsity(
+    dictionary: Dictionary,
+    x: Float[Tensor, "n d_in"],
+    code: SparseCode,
+    reconstruction: Float[Tensor, "n d_out"],
+    terms: Mapping[str, Float[Tensor, ""]],
+    penalty: tuple[str, Float[Tensor, ""]],
+    step: Step,
+) -> Objective:
+    """The sum of terms, plus the weight of sparsity · a penalty, plus `dead_weight` · `revival` of dead features."""
+    name, amount = penalty
+    parts = {label: term.detach() for label, term in terms.items()} | {name: amount.detach()}
+    loss = torch.stack([*terms.values()]).sum() + sparsity.weight(step) * amount
+    if len(step.dead) and step.options["dead_weight"]:
+        revived = revival(dictionary, x, step.dead)
+        parts["revival"], loss = revived.detach(), loss + step.options["dead_weight"] * revived
+    return Objective(loss, reconstruction.detach(), code.detach(), parts)
+
+
+def l1(dictionary: Dictionary, values: Float[Tensor, " nnz"], code: SparseCode, decoder_norm: str) -> Float[Tensor, ""]:
+    """Σ activation · length of its decoder row, the mean over rows, over d_out.
+
+    The length is 1 unless decoder rows are free; there it keeps the penalty from being evaded by small activations.
+    """
+    if decoder_norm == "free":
+        values = values * dictionary.W_dec.norm(dim=1).index_select(0, code.columns)
+    return values.sum() / (code.n * dictionary.d_out)
+
+
+def revival(dictionary: Dictionary, x: Float[Tensor, "n d_in"], dead: Int[Tensor, " n_dead"]) -> Float[Tensor, ""]:
+    """How far dead features are from being active: Σ relu(threshold − pre-activation), mean over rows, over d_out.
+
+    The pre-activation loss of Conerly et al. 2025 ("Dictionary learning optimization techniques"), weighted by the
+    decoder rows' lengths; the gradient reaches encoder, bias and threshold of the dead features.
+    """
+    bound = getattr(dictionary, "threshold", None)
+    missing = -dictionary.preactivations(x, dead)
+    if bound is not None:
+        missing = missing + bound[dead].to(missing.dtype)
+    weights = dictionary.W_dec.detach()[dead].norm(dim=1)
+    return (missing.relu() * weights).sum() / (len(x) * dictionary.d_out)
 
 
 def auxk(

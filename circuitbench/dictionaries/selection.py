@@ -62,3 +62,9 @@ def top_of_batch(scores: Float[Tensor, "n d_dict"], count: int, guess: float) ->
     counts = torch.bincount(row_of, minlength=support.n)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return values[kept], Support(support.columns[kept], starts, support.d_dict)
+
+
+def above(scores: Float[Tensor, "n d_dict"], bound: Float[Tensor, " d_dict"] | float) -> tuple[Tensor, Support]:
+    """The scores above a bound, `(nnz,)`, and where they are."""
+    mask = scores > bound
+    return scores[mask], Support.of_mask(mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from circuitbench.dictionaries import losses
 from circuitbench.dictionaries.base import Dictionary, Objective, Step
 from circuitbench.dictionaries.selection import top_k
-from circuitbench.dictionaries.sparse import SparseCode, Support, preactivations
+from circuitbench.dictionaries.sparse import SparseCode, Support
 from circuitbench.errors import BadInput
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TopK(Dictionary):
             else:
                 values, indices = top_k(scores, self.k)
         support = Support.of_indices(indices, self.d_dict)
-        values = preactivations(x, self.W_enc, self.b_enc, self.b_in, values.flatten(), support)
+        values = self.chosen_preactivations(x, values.flatten(), support)
         return SparseCode(values.relu(), support)
 
     def objective(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], step: Step) -> Objective:
