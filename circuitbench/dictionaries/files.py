@@ -63,12 +63,13 @@ def load_dictionary(source: str | Path, *, revision: str | None = None) -> Dicti
             unknown kind, or an option that changes what the weights mean and cannot be brought into them.
     """
     folder = Path(source)
-    if isinstance(source, str) and source.startswith(shelf.PREFIX):
-        folder = shelf.folder_of(source)
-    elif isinstance(source, str) and not folder.exists() and hub.is_id(source):
-        folder = hub.download(source, revision)
-    elif revision is not None:
+    on_hub = isinstance(source, str) and not folder.exists() and hub.is_id(source)
+    if revision is not None and not on_hub:
         raise BadInput(f"revision={revision!r} was given; {source} is not on the Hub, and has none.")
+    if on_hub:
+        folder = hub.download(str(source), revision)
+    elif isinstance(source, str) and source.startswith(shelf.PREFIX):
+        folder = shelf.folder_of(source)
     if not folder.is_dir():
         raise BadInput(
             f"{folder} is not a folder; give the one that holds {CONFIG} and {WEIGHTS}, a Hub id such as "

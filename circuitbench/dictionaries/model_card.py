@@ -113,7 +113,7 @@ def card(dictionary: Dictionary, repo_id: str, *, subfolder: str | None = None) 
     if evaluation:
         rows = [(key, _shown(value), _MEANING.get(key, "")) for key, value in evaluation.items()]
         text += "\n## Measured on held-out text\n\n" + _table(("measure", "value", "what it is"), rows)
-    told = {key: value for key, value in dictionary.metadata.items() if isinstance(value, int | float | str)}
+    told = measures({key: value for key, value in dictionary.metadata.items() if key not in ("evaluation", "saelens")})
     if told:
         text += "\n## Training\n\n" + _table(("what", ""), [(key, _shown(value)) for key, value in told.items()])
     text += _LOADING.format(name=name, d_in=dictionary.d_in, d_dict=dictionary.d_dict)

@@ -13,7 +13,7 @@ from circuitbench.errors import BadInput
 
 PREFIX = "zoo:"
 
-_SHELF = Path(__file__).with_name("weights")
+SHELF = Path(__file__).with_name("weights")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def folder_of(name: str) -> Path:
     """
     wanted = name.removeprefix(PREFIX)
     names = {_name(folder).removeprefix(PREFIX): folder for folder in _folders()}
-    found = [names[wanted]] if wanted in names else [f for other, f in names.items() if other.startswith(wanted + "/")]
-    if len(found) == 1 and wanted.count("/") >= 1:
+    at_site = [folder for other, folder in names.items() if other.rpartition("/")[0] == wanted]
+    found = [names[wanted]] if wanted in names else at_site
+    if len(found) == 1:
         return found[0]
     if not found:
         raise BadInput(f"There is no dictionary {name!r} in the package; there are: {_listed(_folders())}.")
@@ -72,7 +73,7 @@ def folder_of(name: str) -> Path:
 
 
 def _folders() -> list[Path]:
-    return sorted(path.parent for path in _SHELF.glob(f"*/*/*/{CONFIG}"))
+    return sorted(path.parent for path in SHELF.glob(f"*/*/*/{CONFIG}"))
 
 
 def _listed(folders: list[Path]) -> str:
@@ -80,7 +81,7 @@ def _listed(folders: list[Path]) -> str:
 
 
 def _name(folder: Path) -> str:
-    return PREFIX + "/".join(folder.relative_to(_SHELF).parts)
+    return PREFIX + "/".join(folder.relative_to(SHELF).parts)
 
 
 def _described(folder: Path) -> Pretrained:
