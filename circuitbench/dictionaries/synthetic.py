@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from circuitbench.dictionaries.comparison import Comparison, compare
 from circuitbench.dictionaries.recovery import Scores, score
 from circuitbench.errors import BadInput
 
-__all__ = ["NO_PARENT", "Scores", "Stream", "Truth", "score"]
+__all__ = ["NO_PARENT", "Comparison", "Scores", "Stream", "Truth", "compare", "score"]
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

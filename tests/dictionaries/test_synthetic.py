@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -204,6 +205,25 @@ def test_random_directions_score_what_random_directions_do() -> None:
     expected = 1 - torch.trapezoid((below / below[-1]) ** m, c[1:]).item()
     assert got.mmcs == pytest.approx(expected, abs=0.02)
     assert got.recovered == 0 and math.isnan(got.shrinkage) and got.f1 < 0.2
+
+
+def test_kinds_are_compared_on_the_same_rows_at_the_same_sparsity() -> None:
+    """A label's numbers are those of training it alone on the same seed; the spread is that over seeds."""
+    truth = Truth(d_in=12, n_features=16, l0=2.0)
+    settings: dict[str, Any] = {"d_dict": 16, "steps": 40, "batch_size": 64, "progress": False}
+    kinds = {"topk": {}, "narrow": {"kind": "topk", "k": 1}, "batchtopk": {}}
+    got = synthetic.compare(kinds, truth, seeds=(3, 5), n=500, **settings)
+    drawn = truth.with_seed(5)
+    alone = dictionaries.train(drawn.stream(64, seed=5), kind="batchtopk", k=2, seed=5, **settings)
+    assert repr(got.scores["batchtopk"][1]) == repr(synthetic.score(alone.dictionary, drawn, n=500))  # NaN is not NaN
+    assert max(got.values("narrow", "l0")) <= 1 < min(got.values("topk", "l0"))
+    a, b = got.values("topk", "mmcs")
+    assert got.mean("topk", "mmcs") == pytest.approx((a + b) / 2)
+    assert got.spread("topk", "mmcs") == pytest.approx(abs(a - b) / 2**0.5)
+    assert "| narrow |" in str(got) and "absorption" not in str(got)
+    assert json.loads(json.dumps(got.to_dict()))["scores"]["topk"][0]["mmcs"] == a
+    with pytest.raises(BadInput, match="none twice"):
+        synthetic.compare(["topk"], truth, seeds=(1, 1), **settings)
 
 
 def test_what_cannot_be_is_refused() -> None:
