@@ -22,6 +22,7 @@ from .errors import (  # noqa: E402
     UnsupportedModel,
     VersionMismatch,
 )
+from .explain import feature_examples, load_examples  # noqa: E402
 from .models import Model, State, load_model, load_state, run_prefix  # noqa: E402
 from .models.remote import resume  # noqa: E402
 from .tracing import (  # noqa: E402
@@ -78,10 +79,12 @@ __all__ = [
     "check",
     "continue_from",
     "evaluate",
+    "feature_examples",
     "generate_text",
     "hold",
     "intervene",
     "load_dictionary",
+    "load_examples",
     "load_model",
     "load_state",
     "logit_diff",

@@ -27,9 +27,9 @@ from .demo_measures import (
     telling,
 )
 from .demo_report import write
-from .dictionaries import Evaluation, TrainResult, evaluate, feature_examples, train_on_text
-from .dictionaries.features import FeatureExamples
+from .dictionaries import Evaluation, TrainResult, evaluate, train_on_text
 from .errors import BadInput
+from .explain import FeatureExamples, feature_examples
 from .models import Model, load_model
 from .models.zoo import corpus
 from .tracing import check
@@ -125,7 +125,7 @@ def run_demo(*, fast: bool, model: str, text: str | None, out: Path, progress: b
     dictionary.model_name = model
     dictionary.save(out / "dictionary")
     evaluation = evaluate(dictionary, loaded, cut(held_out, size.judged), progress=progress)
-    examples = feature_examples(dictionary, loaded, held_out, n=5, progress=progress)
+    examples = feature_examples(dictionary, loaded, held_out, n=5, per_interval=0, logit_tokens=0, progress=progress)
 
     steering = steered(loaded, dictionary, contrasts, examples, held_out, progress)
     cards = [steering.feature, *(f for f in telling(examples, size.cards) if f != steering.feature)][: size.cards]

@@ -13,8 +13,8 @@ from .activations import ActivationStream
 from .circuits import EffectMap, ablation_effects, logit_diff, loss, patch_effects
 from .circuits.metrics import token_id
 from .dictionaries import Dictionary
-from .dictionaries.features import FeatureExamples
 from .errors import BadInput
+from .explain import FeatureExamples
 from .models import Model
 from .models.prompts import Batch, encode
 from .tracing import Add, capture, hold

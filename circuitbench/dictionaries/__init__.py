@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from circuitbench.dictionaries import evaluation, features, loggers, losses
+from circuitbench.dictionaries import evaluation, loggers, losses
 from circuitbench.dictionaries.base import KINDS, Dictionary
 from circuitbench.dictionaries.batchtopk import BatchTopK
 from circuitbench.dictionaries.building import build, from_weights
 from circuitbench.dictionaries.files import load_dictionary
 from circuitbench.dictionaries.gated import Gated
 from circuitbench.dictionaries.hub import from_hub, push_to_hub
-from circuitbench.dictionaries.judging import Evaluation, evaluate, feature_examples
+from circuitbench.dictionaries.judging import Evaluation, evaluate
 from circuitbench.dictionaries.jumprelu import JumpReLU
 from circuitbench.dictionaries.many import grid
 from circuitbench.dictionaries.matrix_atoms import Rank1
@@ -40,8 +40,6 @@ __all__ = [
     "card",
     "evaluate",
     "evaluation",
-    "feature_examples",
-    "features",
     "from_hub",
     "from_weights",
     "grid",

@@ -1,4 +1,4 @@
-"""Dictionaries judged on a model: what they leave unexplained, what running on them costs, shown by examples.
+"""Dictionaries judged on a model: what they leave unexplained, what running on them costs.
 
 Held-out text is read as training text is (`ActivationStream`). Special tokens take part in the model's run and nowhere
 else: dictionaries are not judged on them, and in spliced runs they keep their own activation.
@@ -22,7 +22,6 @@ from ..tracing.forward import forward
 from ..tracing.interventions import Set
 from .base import Dictionary
 from .evaluation import Batch, Reconstruction, Splice, reconstruction, splice
-from .features import FeatureExamples, top_examples
 from .on_model import one_site
 
 if TYPE_CHECKING:
@@ -133,42 +132,6 @@ def evaluate(
     rows = reading.rows(progress)
     measured = reconstruction(dictionary, rows)
     return Evaluation(measured, spliced_losses(dictionary, reading, rows.mean, progress))
-
-
-def feature_examples(
-    dictionary: Dictionary,
-    model: Model,
-    text: Text,
-    *,
-    site: str | None = None,
-    n: int = 10,
-    before: int = 12,
-    after: int = 6,
-    context: int = 256,
-    prompts_per_forward: int = 16,
-    progress: bool = True,
-) -> FeatureExamples:
-    """The strongest contexts of every feature in a text, at most one a sequence of it.
-
-    Args:
-        dictionary: The dictionary.
-        model: The model it was trained on.
-        text: As for `ActivationStream`.
-        site: Where it belongs; default: the site it was trained on.
-        n: Contexts a feature.
-        before: Tokens shown before the strongest one.
-        after: Tokens shown after it.
-        context: Tokens the model reads at once.
-        prompts_per_forward: Sequences of that size a forward.
-        progress: Show a progress bar.
-
-    Raises:
-        BadInput: As `evaluate`.
-    """
-    reading = HeldOut(dictionary, model, text, site, context, prompts_per_forward)
-    batches = tqdm(reading.batches, disable=not progress, desc="examples", unit="batch")
-    found = ((reading.activations(ids), ids, reading.stream.kept(ids)) for ids in batches)
-    return top_examples(dictionary, found, n=n, before=before, after=after)
 
 
 class HeldOut:

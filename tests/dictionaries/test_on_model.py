@@ -15,12 +15,12 @@ import circuitbench as cb
 from circuitbench.activations import ActivationStream, store
 from circuitbench.dictionaries import (
     Dictionary,
-    feature_examples,
     from_weights,
     load_dictionary,
     train_many_on_text,
 )
 from circuitbench.errors import BadInput, SiteNotFound
+from circuitbench.explain import feature_examples
 from circuitbench.models.zoo import corpus
 
 SITE = "layers.2.ssm.gated"
