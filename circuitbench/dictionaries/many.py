@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,14 @@ def folders_of(names: Sequence[str], out: Sequence[str | Path] | str | Path | No
             "folder for all."
         )
     return {name: Path(folder) for name, folder in zip(names, out, strict=True)}
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Put a dictionary's name before what is wrong with it."""
+    try:
+        yield
+    except BadInput as error:
+        if not name:
+            raise
+        raise BadInput(f"{name}: {error}") from error

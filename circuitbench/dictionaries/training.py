@@ -15,7 +15,7 @@ from circuitbench.dictionaries.batches import Batch, Batches, batches_of
 from circuitbench.dictionaries.distributed import ALONE, World, check_shares, divided
 from circuitbench.dictionaries.loggers import Logger, checked
 from circuitbench.dictionaries.loop import Plan, loop
-from circuitbench.dictionaries.many import folders_of, names_of
+from circuitbench.dictionaries.many import called, folders_of, names_of
 from circuitbench.dictionaries.recipe import Recipe, positive, recipe
 from circuitbench.dictionaries.run import History, Run
 from circuitbench.errors import BadInput, TrainingFailed
@@ -219,7 +219,11 @@ def _train(
     world = plan.world
     finished = {name for name, one in made.items() if resume and _is_finished(folders[name], one)}
     results = {name: _read(folders[name], made[name], sample) for name in finished}
-    runs = [Run(one, sample, name, world) for name, one in made.items() if name not in finished]
+    runs = []
+    for name, one in made.items():
+        if name not in finished:
+            with called(name):
+                runs.append(Run(one, sample, name, world))
     if not runs:
         return results
     world.first_does(lambda: _begin(runs, folders, resume))
@@ -288,11 +292,6 @@ def _read(folder: Path | None, one: Recipe, sample: Batch) -> TrainResult:
 
 
 def _made(name: str, shapes: Mapping[str, int], given: dict[str, Any]) -> Recipe:
-    """A recipe, or what is wrong with it, with its name."""
     given.pop("name", None)
-    try:
+    with called(name):
         return recipe(shapes, **given)
-    except BadInput as error:
-        if not name:
-            raise
-        raise BadInput(f"{name}: {error}") from error
