@@ -1,7 +1,7 @@
 """What the way from text to activations costs, next to the bare forward; and how well a pool of rows mixes.
 
     python scripts/bench/activations.py            # Mamba-2 of width 768 (random weights), and zoo:pylm-hybrid
-    python scripts/bench/activations.py --fast     # zoo:pylm-hybrid alone
+    python scripts/bench/activations.py --only hybrid
 
 The bare forward is Hugging Face's module under `torch.no_grad()`, with a forward hook on the last layer that is needed
 which raises: nothing later runs, and nothing is kept. It is given token ids in tensors; the stream is given text (token
@@ -116,23 +116,24 @@ def mix(model: cb.Model, text: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="the small model alone")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("hybrid", "mamba2"), help="one of the two")
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    texts = [document.text for document in corpus.split()[1]]
-    hybrid = cb.load_model("zoo:pylm-hybrid")
-    mix(hybrid, texts)
-    sites = ["layers.2.ssm.gated", "layers.2.ssm.out", "layers.2.resid_post"]
-    some = [text[:4000] for text in texts[:8]]
-    compare("zoo:pylm-hybrid, layers 0 to 2", hybrid, hybrid.hf.model.layers[2], sites, some, options.rounds)
-    if not options.fast:
+    if options.only != "mamba2":
+        texts = [document.text for document in corpus.split()[1]]
+        hybrid = cb.load_model("zoo:pylm-hybrid")
+        mix(hybrid, texts)
+        sites = ["layers.2.ssm.gated", "layers.2.ssm.out", "layers.2.resid_post"]
+        some = [text[:4000] for text in texts[:8]]
+        compare("zoo:pylm-hybrid, layers 0 to 2", hybrid, hybrid.hf.model.layers[2], sites, some, options.rounds)
+    if options.only != "hybrid":
         torch.manual_seed(0)
         config = Mamba2Config(
             vocab_size=1024, hidden_size=768, num_hidden_layers=4, num_heads=24, head_dim=64, n_groups=1
         )
         model = cb.load_model(AutoModelForCausalLM.from_config(config).eval())
-        ids = random.Random(0).choices(range(3, 1024), k=2 * 8 * 256)
+        ids = random.Random(0).choices(range(3, 1024), k=8 * 256)
         sites = [f"layers.1.{name}" for name in ("ssm.gated", "ssm.out", "resid_post")]
         layer = model.hf.backbone.layers[1]
         compare("Mamba-2, width 768, layers 0 and 1", model, layer, sites, [ids], options.rounds)
