@@ -1,4 +1,4 @@
-"""Which features belong together: against all permutations, and against correlations of the whole table."""
+"""Which features belong together: against all permutations, and against all pairs."""
 
 from __future__ import annotations
 
