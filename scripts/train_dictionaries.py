@@ -23,12 +23,13 @@ import torch
 import circuitbench as cb
 from circuitbench.dictionaries import shelf
 from circuitbench.dictionaries.model_card import measures
+from circuitbench.dictionaries.on_model import train_many_on_text
 from circuitbench.models.zoo import corpus
 
 LIMIT = 8_000_000  # bytes of all dictionaries in the package
 HELD_OUT = 200_000  # characters they are measured on
 
-# What `train_sae` is given, besides the text: zoo model/site/kind -> settings.
+# What `train_many_on_text` is given, besides site and kind: zoo model/site/kind -> settings.
 RECIPES: dict[str, dict[str, Any]] = {
     "pylm-hybrid/layers.2.ssm.gated/topk": {"k": 32, "expansion": 4},
     "pylm-hybrid/layers.2.resid_post/batchtopk": {"k": 32, "expansion": 4},
@@ -38,40 +39,33 @@ RECIPES: dict[str, dict[str, Any]] = {
 STEPS, BATCH_SIZE, SEED = 6000, 1024, 0
 
 
-def train(name: str, out: pathlib.Path, steps: int, settings: dict[str, Any]) -> pathlib.Path:
-    """Trains one dictionary, measures what was stored of it, and puts it where `load_dictionary` finds it."""
-    model_name, site, kind = name.split("/")
+def train(model_name: str, names: list[str], out: pathlib.Path, steps: int) -> None:
+    """Trains a model's dictionaries from one stream; puts them, measured as stored, where `load_dictionary` looks."""
     model = cb.load_model(f"zoo:{model_name}")
     train_documents, held_out_documents = corpus.split()
-    began = time.process_time()
-    dictionary = cb.train_sae(
-        model,
-        site,
-        [document.text for document in train_documents],
-        kind=kind,
-        steps=steps,
-        batch_size=BATCH_SIZE,
-        seed=SEED,
-        **settings,
-    )
-    seconds = time.process_time() - began
-    dictionary.model_name = f"zoo:{model_name}"
-    with tempfile.TemporaryDirectory() as stored:
-        dictionary.save(stored, dtype=torch.float16)
-        dictionary = cb.load_dictionary(stored)
     held_out = "\n".join(document.text for document in held_out_documents)[:HELD_OUT]
-    evaluation = cb.evaluate(dictionary, model, held_out)
-    dictionary.metadata |= {
-        "evaluation": measures(evaluation),
-        "recipe": {"kind": kind, "steps": steps, "batch_size": BATCH_SIZE, "seed": SEED, **settings},
-        "text": "the Python standard library (PSF License Version 2), circuitbench.models.zoo.corpus",
-        "cpu_seconds": round(seconds),
-    }
-    folder = out / model_name / site / kind
-    shutil.rmtree(folder, ignore_errors=True)
-    dictionary.save(folder, dtype=torch.float16)
-    print(f"{name}: {evaluation}; {bytes_in(folder) / 1e6:.2f} MB, {seconds:.0f} seconds of CPU")
-    return folder
+    recipes = [{"site": name.split("/")[1], "kind": name.split("/")[2], **RECIPES[name]} for name in names]
+    texts = [document.text for document in train_documents]
+    began = time.process_time()
+    results = train_many_on_text(model, texts, recipes, steps=steps, batch_size=BATCH_SIZE, seed=SEED)
+    seconds = time.process_time() - began
+    for name, recipe, result in zip(names, recipes, results, strict=True):
+        result.dictionary.model_name = f"zoo:{model_name}"
+        result.dictionary.metadata |= {
+            "recipe": {**recipe, "steps": steps, "batch_size": BATCH_SIZE, "seed": SEED},
+            "text": "the Python standard library (PSF License Version 2), circuitbench.models.zoo.corpus",
+            "cpu_seconds": round(seconds),
+            "trained_together": len(names),
+        }
+        with tempfile.TemporaryDirectory() as stored:
+            result.dictionary.save(stored, dtype=torch.float16)
+            dictionary = cb.load_dictionary(stored)
+        evaluation = cb.evaluate(dictionary, model, held_out)
+        dictionary.metadata["evaluation"] = measures(evaluation)
+        folder = out / name
+        shutil.rmtree(folder, ignore_errors=True)
+        dictionary.save(folder, dtype=torch.float16)
+        print(f"{name}: {evaluation}; {bytes_in(folder) / 1e6:.2f} MB")
 
 
 def bytes_in(folder: pathlib.Path) -> int:
@@ -89,8 +83,10 @@ def main() -> None:
     unknown = sorted(set(arguments.names) - set(RECIPES))
     if unknown:
         parser.error(f"there is no recipe for {', '.join(unknown)}; there are: {', '.join(RECIPES)}")
-    for name in arguments.names or RECIPES:
-        train(name, arguments.out, arguments.steps, RECIPES[name])
+    names = arguments.names or list(RECIPES)
+    for model_name in dict.fromkeys(name.split("/")[0] for name in names):
+        of_model = [name for name in names if name.split("/")[0] == model_name]
+        train(model_name, of_model, arguments.out, arguments.steps)
     size = bytes_in(arguments.out)
     print(f"{arguments.out} holds {size / 1e6:.2f} MB of dictionaries")
     if size > LIMIT:

@@ -16,6 +16,7 @@ from ..errors import BadInput
 from ..tracing.addresses import resolve
 from .base import Dictionary
 from .distributed import is_first
+from .formats import hook_names
 from .many import folders_of, names_of
 from .training import TrainResult, train_many
 
@@ -154,6 +155,7 @@ def train_many_on_text(
     for recipe, result, folder in zip(addressed, results, folders, strict=True):
         result.dictionary.model_name = name_of(model)
         result.dictionary.metadata["activations"] = about(batches, sites_of(recipe))
+        hook_names.record(result.dictionary, model)
         if folder is not None and result.finished and is_first():
             result.dictionary.save(folder)  # once more, now that it knows where it belongs
     return results
