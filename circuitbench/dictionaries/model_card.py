@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from circuitbench.dictionaries.formats.saelens import OURS, architecture
 _MEANING = {
     "fvu": "fraction of variance unexplained",
     "explained_variance": "1 − FVU",
+    "cosine": "of a token's activation with its reconstruction, the mean",
+    "l2_in": "length of an activation, the mean",
+    "l2_out": "length of a reconstruction, the mean",
     "mse": "squared error of a component, the mean",
     "l0": "features active on a token, the mean",
     "l1": "sum of activations on a token, the mean",
@@ -25,6 +29,7 @@ _MEANING = {
     "ce_recovered.zero": "(ablated − spliced) / (ablated − clean)",
     "ce_recovered.mean": "(ablated − spliced) / (ablated − clean)",
     "kl": "KL(clean ‖ spliced) of next tokens, nats",
+    "n_tokens": "predicted tokens the losses are means of",
     "n_rows": "tokens it was measured on",
 }
 _HEADER = """\
@@ -68,7 +73,8 @@ def measures(evaluation: Any) -> dict[str, Any]:
     """The numbers of an evaluation by name; nested ones are joined, as in `ce_ablated.zero`.
 
     Args:
-        evaluation: what `evaluate` returns, or a mapping. Tensors of more than one number are left out.
+        evaluation: what `evaluate` returns, or a mapping. Tensors of more than one number are left out, and what is not
+            defined (NaN).
     """
     if dataclasses.is_dataclass(evaluation):
         names = [field.name for field in dataclasses.fields(evaluation)]
@@ -82,7 +88,7 @@ def measures(evaluation: Any) -> dict[str, Any]:
             flat |= {f"{name}.{key}": inner for key, inner in measures(value).items()}
         elif isinstance(value, Tensor) and value.numel() == 1:
             flat[name] = value.item()
-        elif isinstance(value, int | float | str):
+        elif isinstance(value, int | str) or (isinstance(value, float) and math.isfinite(value)):
             flat[name] = value
     if {"ce_clean", "ce_spliced"} <= flat.keys():
         for name in [name for name in flat if name.startswith("ce_ablated.")]:

@@ -42,7 +42,9 @@ class Pretrained:
 
     def __str__(self) -> str:
         measured = ", ".join(
-            f"{name} {value:.3g}" for name, value in self.evaluation.items() if isinstance(value, int | float)
+            f"{name} {self.evaluation[name]:.3g}"
+            for name in ("fvu", "l0", "ce_recovered.mean")
+            if name in self.evaluation
         )
         return f"{self.name}: {self.d_in} to {self.d_dict}{f'; {measured}' if measured else ''}"
 
