@@ -93,4 +93,4 @@ def test_dictionaries_of_two_models_meet_on_one_text() -> None:
     fitting = dictionaries.build("topk", d_in=192, d_dict=24, k=4)
     fitting.site = "layers.1.resid_post"
     with pytest.raises(BadInput, match="different tokens"):
-        correlations.mppc_on_text(sides[0], (words, fitting), "x = 1")
+        correlations.mppc_on_text(sides[0], (words, fitting), "5 17 3")
