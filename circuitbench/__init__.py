@@ -45,6 +45,7 @@ from .tracing import (  # noqa: E402
     intervene,
     steer,
 )
+from .viewer.feature_page import feature_page  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -80,6 +81,7 @@ __all__ = [
     "continue_from",
     "evaluate",
     "feature_examples",
+    "feature_page",
     "generate_text",
     "hold",
     "intervene",

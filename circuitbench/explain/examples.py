@@ -68,17 +68,18 @@ class Contexts:
         self.tokens = self.tokens.gather(1, wide).masked_fill(empty.unsqueeze(2), NO_TOKEN)
         self.activations = self.activations.gather(1, wide).masked_fill(empty.unsqueeze(2), 0.0)
 
-    def example(self, feature: int, row: int, before: int) -> Example:
-        """What stands in one place."""
-        tokens = self.tokens[feature, row]
-        real = tokens != NO_TOKEN
-        return Example(
-            token_ids=tokens[real].tolist(),
-            activations=self.activations[feature, row][real].tolist(),
-            peak=int(real[:before].sum()),
-            sequence=int(self.sequences[feature, row]),
-            position=int(self.positions[feature, row]),
-        )
+    def of(self, feature: int, before: int) -> list[Example | None]:
+        """What stands in each place of a feature; nothing where it is empty."""
+        columns = (self.values, self.tokens, self.activations, self.sequences, self.positions)
+        found: list[Example | None] = []
+        for value, tokens, activations, sequence, position in zip(
+            *(column[feature].tolist() for column in columns), strict=True
+        ):
+            real = [i for i, token in enumerate(tokens) if token != NO_TOKEN]
+            peak = sum(i < before for i in real)
+            kept = [tokens[i] for i in real], [activations[i] for i in real]
+            found.append(Example(*kept, peak, sequence, position) if value > 0 else None)
+        return found
 
 
 class FeatureExamples:
@@ -149,19 +150,15 @@ class FeatureExamples:
     def of(self, feature: int) -> list[Example]:
         """The strongest contexts of a feature, strongest first; fewer than `n` if fewer sequences activate it."""
         self.check(feature)
-        rows = [rank for rank in range(self.n) if self.top.values[feature, rank] > 0]
-        return [self.top.example(feature, row, self.before) for row in rows]
+        return [example for example in self.top.of(feature, self.before) if example is not None]
 
     def across(self, feature: int) -> list[tuple[float, float, list[Example]]]:
         """Examples from all of a feature's range: (from, to, examples) for each eighth of it, strongest first."""
         self.check(feature)
         step = float(self.ranges[feature]) / INTERVALS
-        found = []
+        rows, m, found = self.spread.of(feature, self.before), self.per_interval, []
         for interval in reversed(range(INTERVALS)):
-            rows = range(interval * self.per_interval, (interval + 1) * self.per_interval)
-            examples = [
-                self.spread.example(feature, row, self.before) for row in rows if self.spread.values[feature, row] > 0
-            ]
+            examples = [row for row in rows[interval * m : (interval + 1) * m] if row is not None]
             if examples:
                 found.append((interval * step, (interval + 1) * step, examples))
         return found
