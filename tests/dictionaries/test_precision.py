@@ -33,6 +33,7 @@ def test_what_is_chosen_by_rounded_products_is_exact(kind: str) -> None:
     torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["topk", "jumprelu"])
 def test_it_trains_as_well(kind: str) -> None:
     x = planted(1000, d_in=32, n_features=50, active=3)[0]
