@@ -6,6 +6,7 @@ from circuitbench.dictionaries import evaluation, loggers, losses
 from circuitbench.dictionaries.base import KINDS, Dictionary
 from circuitbench.dictionaries.batchtopk import BatchTopK
 from circuitbench.dictionaries.building import build, from_weights
+from circuitbench.dictionaries.end_to_end import train_end_to_end
 from circuitbench.dictionaries.files import load_dictionary
 from circuitbench.dictionaries.gated import Gated
 from circuitbench.dictionaries.hub import from_hub, push_to_hub
@@ -16,6 +17,7 @@ from circuitbench.dictionaries.matrix_atoms import Rank1
 from circuitbench.dictionaries.matryoshka import Matryoshka
 from circuitbench.dictionaries.model_card import card
 from circuitbench.dictionaries.on_model import train_many_on_text, train_on_text, train_sae
+from circuitbench.dictionaries.on_sites import train_crosscoder, train_transcoder
 from circuitbench.dictionaries.shelf import Pretrained, pretrained
 from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.dictionaries.standard import Standard
@@ -49,8 +51,11 @@ __all__ = [
     "pretrained",
     "push_to_hub",
     "train",
+    "train_crosscoder",
+    "train_end_to_end",
     "train_many",
     "train_many_on_text",
     "train_on_text",
     "train_sae",
+    "train_transcoder",
 ]

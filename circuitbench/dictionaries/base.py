@@ -277,6 +277,10 @@ class Dictionary(nn.Module, ABC):
                 getattr(self, name).copy_(-(mean.to(self.W_enc) @ self.W_enc))
 
     @torch.no_grad()
+    def begin(self, x: Float[Tensor, "n d_in"], options: Mapping[str, Any], memory: dict[str, Tensor]) -> None:
+        """Before training, after `start_at`: what the kind sets from some rows, and what it remembers."""
+
+    @torch.no_grad()
     def after_step(self, objective: Objective, step: Step) -> None:
         """After an optimizer step: what the kind keeps running, such as a threshold."""
 

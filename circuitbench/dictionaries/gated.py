@@ -61,13 +61,17 @@ class Gated(Dictionary):
         scale, bias = self.r_mag.exp().index_select(0, at), self.b_mag.index_select(0, at)
         return SparseCode((shared * scale + bias).relu(), gates.support)
 
+    @torch.no_grad()
+    def begin(self, x: Float[Tensor, "n d_in"], options: Mapping[str, Any], memory: dict[str, Tensor]) -> None:
+        """See `sparsity.begin`."""
+        sparsity.begin(self, x, options, memory)
+
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         """The features whose gate is open, differentiable once in x and the parameters."""
         return self.magnitudes(self.gates(x))
 
     def objective(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], step: Step) -> Objective:
         """The error, that of the gates through a fixed decoder, and the L1 penalty on the gates."""
-        sparsity.begin(self, x, step, "b_gate", 1)
         gates = self.gates(x)
         code = self.magnitudes(gates)
         offset = self.offset(x)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+_FIRST_THRESHOLD = 0.5  # in units of data of variance 1
+
+
 class JumpReLU(Dictionary):
     """encode(x) = the entries of (x − b_dec) @ W_enc + b_enc above `threshold`, all others 0.
 
@@ -32,7 +35,7 @@ class JumpReLU(Dictionary):
     """
 
     kind: ClassVar[str] = "jumprelu"
-    training_options: ClassVar[Mapping[str, Any]] = {**sparsity.OPTIONS, "bandwidth": 0.5}
+    training_options: ClassVar[Mapping[str, Any]] = {**sparsity.OPTIONS, "bandwidth": 1.0}
     float32: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def __init__(self, **sizes: Any):
@@ -46,6 +49,12 @@ class JumpReLU(Dictionary):
         if not checked["bandwidth"] > 0:
             raise BadInput(f"bandwidth={checked['bandwidth']} was given; it must be more than 0.")
         return checked
+
+    @torch.no_grad()
+    def begin(self, x: Float[Tensor, "n d_in"], options: Mapping[str, Any], memory: dict[str, Tensor]) -> None:
+        """See `sparsity.begin`; thresholds are small at first, so that activations can begin small, too."""
+        self.threshold.fill_(_FIRST_THRESHOLD)
+        sparsity.begin(self, x, options, memory)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         """The features above their threshold, differentiable once in x and the parameters but the threshold."""
@@ -66,7 +75,6 @@ class JumpReLU(Dictionary):
 
     def objective(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], step: Step) -> Objective:
         """The error, and an L0 penalty: features active on a row, over d_out."""
-        sparsity.begin(self, x, step, "threshold", -1)
         code, l0 = self.encode_estimated(x, step.options["bandwidth"])
         reconstruction = self.reconstruct(x, code)
         terms = {"error": losses.error(self, target, reconstruction, step)}

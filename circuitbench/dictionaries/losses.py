@@ -123,13 +123,13 @@ def auxk(
 
     Returns:
         The squared error of the dead features' estimate, as a share of the variance of what is left over; 0 if none
-        is dead.
+        is dead, or of a single row.
 
     Raises:
         BadInput: the mask has another length than d_dict, or an index is out of range.
     """
     dead = _indices(dead, dictionary.d_dict)
-    if len(dead) == 0:
+    if len(dead) == 0 or len(x) == 1:  # one row has no variance
         return x.new_zeros(())
     with torch.no_grad():
         left_over = (x if target is None else target) - (dictionary(x) if reconstruction is None else reconstruction)

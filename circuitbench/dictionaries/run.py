@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 History = dict[str, list[int | float]]
 HISTORY = ("step", "loss", "fvu", "l0", "dead_share")
+_FEW = 4096  # rows that a kind begins with
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -59,6 +60,8 @@ class Run:
         self.optimizer = torch.optim.Adam(self.parameters, lr=recipe.lr, betas=(0.9, 0.999), fused=True)
         self.rows_since_active = torch.zeros(recipe.d_dict, dtype=torch.int64, device=x.device)
         self.memory: dict[str, Tensor] = {}
+        few = x[:: max(1, len(x) // _FEW)].to(self.dictionary.b_dec)
+        self.dictionary.begin(few / self.scale.to(few), recipe.options, self.memory)
         self.step = 0
         self.history: History = {name: [] for name in HISTORY}
         self.scale, self.target_scale = (scale.to(self.dictionary.b_dec) for scale in (self.scale, self.target_scale))
@@ -128,8 +131,6 @@ class Run:
         active[objective.code.active_features()] = True
         self.rows_since_active[world.any_(active)] = 0
         kept = [*self.dictionary.buffers(), *self.memory.values()]
-        if self.step == 0:  # kinds may set biases by the first rows they see
-            kept += [parameter.data for parameter in self.dictionary.parameters()]
         world.average_(tensor for tensor in kept if tensor.is_floating_point())
 
     def _resample(self, batch: Batch) -> None:

@@ -4,10 +4,10 @@
 log(L0 / target), summed over steps and in proportion, so that it comes to rest where L0 is the target. It is kept in
 the memory of the run, which checkpoints hold.
 
-Training begins where features are rare: biases (or thresholds) are set such that about `l0` of them are active on a row
-of the first batch, all equally often (as in Conerly et al. 2025, "Dictionary learning optimization techniques").
-From half of all features active on a row, which is what biases of 0 give, the way to the target would take most of a
-short run, with dense products all the way.
+Training begins where features are rare: biases are set such that about `l0` of them are active on a row of a sample,
+all equally often (as in Conerly et al. 2025, "Dictionary learning optimization techniques"). From half of all features
+active on a row, which is what biases of 0 give, the way to the target would take most of a short run, with dense
+products all the way.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ L0 = 32.0
 OPTIONS: Mapping[str, Any] = {"l0": None, "sparsity": None, "sparsity_warmup": 0.1, "dead_weight": 0.0}
 
 _MEMORY = "sparsity"  # in the memory of the run: log of the weight without and with the proportional part
-_FIRST_WEIGHT = 1.0
 _SUMMED = 0.01  # a step, at least
-_SUMMED_RUN = 8.0  # over a run, at least: a short one must get there, too
-_PROPORTIONAL = 0.5
+_SUMMED_RUN = 20.0  # over a run, at least: a short one must get there, too
+_PROPORTIONAL = 1.0
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,21 +62,18 @@ def weight(step: Step) -> Float[Tensor, ""] | float:
 
 
 @torch.no_grad()
-def begin(dictionary: Dictionary, x: Float[Tensor, "n d_in"], step: Step, name: str, sign: int) -> None:
-    """On the first batch of a run: features are active about equally often, and rarely.
-
-    Args:
-        name: of the parameter that decides whether a feature is active: a bias, or a threshold.
-        sign: of its effect: 1 for a bias, −1 for a threshold.
-    """
-    if _MEMORY in step.memory:
-        return
-    wanted = L0 if step.options["l0"] is None else step.options["l0"]
+def begin(
+    dictionary: Dictionary, x: Float[Tensor, "n d_in"], options: Mapping[str, Any], memory: dict[str, Tensor]
+) -> None:
+    """Before a run: biases such that features are active about equally often, and rarely; and a first weight."""
+    wanted = L0 if options["l0"] is None else options["l0"]
     scores = dictionary.preactivations(x)
     count = min(len(x), max(1, round(len(x) * wanted / dictionary.d_dict)))
-    smallest = scores.topk(count, dim=0).values[-1].clamp_min(0)
-    getattr(dictionary, name).add_(-sign * smallest)
-    step.memory[_MEMORY] = torch.full((2,), torch.tensor(_FIRST_WEIGHT).log().item(), device=x.device)
+    smallest = scores.topk(count, dim=0).values[-1]
+    for name in dictionary.float32:
+        smallest = smallest - getattr(dictionary, name)
+    dictionary.encoder_bias.sub_(smallest.clamp_min(0))
+    memory[_MEMORY] = torch.zeros(2, device=x.device)
 
 
 @torch.no_grad()

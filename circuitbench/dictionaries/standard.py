@@ -32,6 +32,11 @@ class Standard(Dictionary):
         """See `sparsity.checked`."""
         return sparsity.checked(options)
 
+    @torch.no_grad()
+    def begin(self, x: Float[Tensor, "n d_in"], options: Mapping[str, Any], memory: dict[str, Tensor]) -> None:
+        """See `sparsity.begin`."""
+        sparsity.begin(self, x, options, memory)
+
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         """The positive features, differentiable once in x and the parameters."""
         x = self._checked(x)
@@ -41,7 +46,6 @@ class Standard(Dictionary):
 
     def objective(self, x: Float[Tensor, "n d_in"], target: Float[Tensor, "n d_out"], step: Step) -> Objective:
         """The error and the L1 penalty."""
-        sparsity.begin(self, x, step, "b_enc", 1)
         code = self.encode_sparse(x)
         reconstruction = self.reconstruct(x, code)
         terms = {"error": losses.error(self, target, reconstruction, step)}
