@@ -179,10 +179,21 @@ class FeatureExamples:
         activations: Float[Tensor, "b t d_dict"],
         token_ids: Int[Tensor, "b t"],
         mask: Bool[Tensor, "b t"] | None = None,
+        shown: Bool[Tensor, "b t"] | None = None,
     ) -> None:
-        """Take in the features' activations on a batch of sequences; where the mask is false there is no token."""
+        """Take in the features' activations on a batch of sequences.
+
+        Args:
+            activations: Of all features.
+            token_ids: The tokens.
+            mask: Where there is a token that counts; default: everywhere.
+            shown: Where there is a token that is shown around others and has a position; default: as `mask`. Special
+                tokens are, padding is not.
+        """
         mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
-        batch = _Batch((activations * mask.unsqueeze(2)).float().cpu(), token_ids.cpu(), mask.cpu(), self)
+        shown = mask if shown is None else shown.bool()
+        activations = (activations * mask.unsqueeze(2)).float().cpu()
+        batch = _Batch(activations, token_ids.cpu(), mask.cpu(), shown.cpu(), self)
         self.active_tokens += (batch.activations > 0).sum((0, 1))
         self.n_tokens += int(batch.mask.sum())
         self._add_strongest(batch)
@@ -263,18 +274,19 @@ class _Batch:
     activations: Float[Tensor, "b t d_dict"]
     token_ids: Int[Tensor, "b t"]
     mask: Bool[Tensor, "b t"]
+    shown: Bool[Tensor, "b t"]
     home: FeatureExamples
     position: Int[Tensor, "b t"] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.position = self.mask.cumsum(1) - 1
+        self.position = self.shown.cumsum(1) - 1
 
     def write(self, table: Contexts, feature: Tensor, row: Tensor, sequence: Tensor, column: Tensor) -> None:
         """Put what is around these tokens into these places."""
         window = column.unsqueeze(1) + torch.arange(-self.home.before, self.home.after + 1)
         inside = (window >= 0) & (window < self.token_ids.shape[1])
         window, line = window.clamp(0, self.token_ids.shape[1] - 1), sequence.unsqueeze(1)
-        inside &= self.mask[line, window]
+        inside &= self.shown[line, window]
         table.values[feature, row] = self.activations[sequence, column, feature]
         table.sequences[feature, row] = sequence + self.home.n_sequences
         table.positions[feature, row] = self.position[sequence, column]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..activations import Documents, packed
+from ..activations import Documents, name_of, packed
 from ..dictionaries import Dictionary
 from ..errors import BadInput
 from ..models.id_tokenizer import NAME as IDS_ONLY
@@ -78,12 +78,12 @@ def feature_examples(
         up, up_by, down, down_by = (torch.cat(part) for part in zip(*found, strict=True))
         examples.promoted, examples.suppressed = (up, up_by), (down, down_by)
     sequences = bar(packed(Documents(model, text, column), context, separator_of(model)), progress)
-    gather(dictionary, captured(model, address, sequences, prompts_per_forward, dictionary.d_in), examples)
+    gather(dictionary, captured(model, address, sequences, prompts_per_forward, dictionary.d_in), examples, False)
     if not examples.n_tokens:
         raise BadInput("The text has no tokens (special ones do not count); give some text.")
     examples.words = words_of(model, examples)
     examples.about = {
-        "model": model.hf.name_or_path or model.hf.config.model_type,
+        "model": name_of(model),
         "site": address,
         "kind": dictionary.kind,
         "settings": {
@@ -98,7 +98,10 @@ def feature_examples(
 
 @torch.no_grad()
 def gather(
-    dictionary: Dictionary, batches: Iterable[tuple[Tensor, Tensor, Tensor]], examples: FeatureExamples
+    dictionary: Dictionary,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    examples: FeatureExamples,
+    padded: bool = True,
 ) -> FeatureExamples:
     """Examples from batches of activations that are there.
 
@@ -107,12 +110,13 @@ def gather(
         batches: (activations `(b, t, d_in)` of the dictionary's site, token ids `(b, t)`, mask `(b, t)`, true at real
             tokens).
         examples: What they are added to.
+        padded: Whether what the mask leaves out may be padding; else it is special tokens, which are shown.
     """
     for activations, token_ids, mask in batches:
         # A few sequences at a time: the code of a whole batch, zeros included, may be larger than everything else.
         at_once = max(1, 2**24 // (activations.shape[1] * dictionary.d_dict))
         for x, ids, real in zip(activations.split(at_once), token_ids.split(at_once), mask.split(at_once), strict=True):
-            examples.add(dictionary.encode(x), ids, real)
+            examples.add(dictionary.encode(x), ids, real, real if padded else torch.ones_like(real))
     return examples
 
 

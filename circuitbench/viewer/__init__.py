@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from circuitbench.viewer.feature_page import feature_page
 from circuitbench.viewer.figures import Figure, heatmap, histogram, layer_strip, line_chart, token_highlight
 from circuitbench.viewer.report import (
     EffectMap,
@@ -32,7 +31,6 @@ __all__ = [
     "Snippet",
     "Steering",
     "Training",
-    "feature_page",
     "heatmap",
     "histogram",
     "layer_strip",

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from markupsafe import Markup
 
 from circuitbench.errors import BadInput
 from circuitbench.explain import Example, FeatureExamples
-from circuitbench.explain.examples import BINS
+from circuitbench.explain.examples import BINS, NO_TOKEN
 from circuitbench.viewer.frame import stylesheet
 from circuitbench.viewer.text import glyphs, running
 
@@ -91,23 +92,15 @@ def line(examples: FeatureExamples, n: int) -> str:
 
 def payload(examples: FeatureExamples, chosen: list[int]) -> dict[str, Any]:
     """All the page shows, in short: tokens as numbers into one list of words, activations only where they are not 0."""
-    known: dict[int, int] = {}
-
-    def word(token: int) -> int:
-        if token not in examples.words:
-            raise BadInput(
-                f"These examples do not tell the text of token {token}; gather them with circuitbench.feature_examples."
-            )
-        return known.setdefault(token, len(known))
+    place = {token: i for i, token in enumerate(used(examples, chosen))}
 
     def short(example: Example) -> list[Any]:
-        active = [x for i, a in enumerate(example.activations) if a > 0 for x in (i, rounded(a))]
-        tokens = [word(token) for token in example.token_ids]
+        active = [x for i, a in enumerate(example.activations) if a > 0 for x in (i, float(f"{a:.4g}"))]
+        tokens = [place[token] for token in example.token_ids]
         return [tokens, active, example.peak, example.sequence, example.position]
 
     def side(tokens: Any, values: Any, feature: int) -> list[Any]:
-        ids, by = tokens[feature].tolist(), values[feature].tolist()
-        return [[word(token) for token in ids], [rounded(value) for value in by]]
+        return [[place[token] for token in tokens[feature].tolist()], [rounded(v) for v in values[feature].tolist()]]
 
     ranges, density = examples.ranges.tolist(), examples.density.tolist()
     rows = []
@@ -129,9 +122,21 @@ def payload(examples: FeatureExamples, chosen: list[int]) -> dict[str, Any]:
                 "s": side(*examples.suppressed, feature),
             }
         )
-    words = [examples.words[token] for token in known]
+    words = [examples.words[token] for token in place]
     shown = [[running(text), glyphs(text)] for text in words]
     return {"bins": BINS, "tokens": examples.n_tokens, "words": shown, "raw": words, "features": rows}
+
+
+def used(examples: FeatureExamples, chosen: list[int]) -> list[int]:
+    """All tokens that occur with these features."""
+    tables = (examples.top.tokens, examples.spread.tokens, examples.promoted[0], examples.suppressed[0])
+    tokens = torch.cat([table[chosen].flatten() for table in tables]).unique().tolist()
+    unknown = next((token for token in tokens if token != NO_TOKEN and token not in examples.words), None)
+    if unknown is not None:
+        raise BadInput(
+            f"These examples do not tell the text of token {unknown}; gather them with circuitbench.feature_examples."
+        )
+    return [token for token in tokens if token != NO_TOKEN]
 
 
 def rounded(value: float) -> float | int:

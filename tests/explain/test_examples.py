@@ -59,6 +59,16 @@ def test_padding_is_never_active() -> None:
     assert examples.density.item() == 1
 
 
+def test_special_tokens_are_shown_and_never_active() -> None:
+    examples = FeatureExamples(1, n=2, before=2, after=1)
+    activations = torch.tensor([[1.0, 9.0, 3.0, 2.0]]).unsqueeze(2)
+    special = torch.tensor([[False, True, False, False]])
+    examples.add(activations, torch.tensor([[50, 51, 52, 53]]), ~special, torch.ones_like(special))
+    (example,) = examples.of(0)
+    assert (example.token_ids, example.activations) == ([50, 51, 52, 53], [1.0, 0.0, 3.0, 2.0])
+    assert (example.peak, example.position, examples.n_tokens) == (2, 2, 3)
+
+
 def test_memory_does_not_grow_with_the_text(text: tuple[Tensor, Tensor, Tensor]) -> None:
     dictionary = dictionaries.build("topk", d_in=D_IN, d_dict=D_DICT, k=3)
 
