@@ -3,8 +3,8 @@
     python scripts/bench/kinds.py                  # zoo:pylm-hybrid, layers.2.ssm.gated, L0 32
     python scripts/bench/kinds.py --steps 3000 --seeds 0 1 2
 
-All kinds see the same rows in the same order. Kinds with a k have k = L0; the others are steered to it (`l0=`). Judged on
-text that neither the model nor the dictionaries have seen.
+All kinds see the same rows in the same order. Kinds with a k have k = L0; the others are steered to it (`l0=`). Judged
+on text that neither the model nor the dictionaries have seen.
 """
 
 from __future__ import annotations
