@@ -44,11 +44,11 @@ function vocabulary(f) {
 function heads(f) {
   return [...new Set(f.t.map(([ids, , peak]) => ids[peak]))];
 }
-function matches(f, query) {
+function matches(f, query, hit) {
   if (scope.value === "all" && /^#?\d+$/.test(query) && String(f.i) === query.replace("#", "")) return 2;
   const known = vocabulary(f);
-  const where = scope.value === "all" ? [...known.active, ...known.up, ...known.down] : known[scope.value];
-  return where.some((id) => lower[id].includes(query)) ? 1 : 0;
+  const where = scope.value === "all" ? Object.values(known) : [known[scope.value]];
+  return where.some((ids) => ids.some((id) => hit[id])) ? 1 : 0;
 }
 const ORDER = {
   largest: (a, b) => b.m - a.m || a.i - b.i,
@@ -61,7 +61,8 @@ let shown = [];
 let here = null;
 function look() {
   const query = find.value.toLowerCase();
-  const found = query.trim() ? features.map((f) => [f, matches(f, query)]).filter(([, score]) => score) : features.map((f) => [f, 1]);
+  const hit = lower.map((word) => word.includes(query));
+  const found = query.trim() ? features.map((f) => [f, matches(f, query, hit)]).filter(([, score]) => score) : features.map((f) => [f, 1]);
   shown = found.sort((a, b) => b[1] - a[1] || ORDER[sort.value](a[0], b[0])).map(([f]) => f);
   count.textContent = query.trim() ? `${number(shown.length)} of ${number(features.length)} features` : `${number(features.length)} features`;
   spacer.style.height = `${shown.length * ROW}px`;
