@@ -5,6 +5,7 @@ from __future__ import annotations
 from circuitbench.dictionaries import evaluation, loggers, losses
 from circuitbench.dictionaries.base import KINDS, Dictionary
 from circuitbench.dictionaries.batchtopk import BatchTopK
+from circuitbench.dictionaries.branches import Branches, separate_branches
 from circuitbench.dictionaries.building import build, from_weights
 from circuitbench.dictionaries.end_to_end import train_end_to_end
 from circuitbench.dictionaries.files import load_dictionary
@@ -21,12 +22,15 @@ from circuitbench.dictionaries.on_sites import train_crosscoder, train_transcode
 from circuitbench.dictionaries.shelf import Pretrained, pretrained
 from circuitbench.dictionaries.sparse import SparseCode
 from circuitbench.dictionaries.standard import Standard
+from circuitbench.dictionaries.states import state_rows, train_state_sae
+from circuitbench.dictionaries.substitution import Substitution, substitution
 from circuitbench.dictionaries.topk import TopK
 from circuitbench.dictionaries.training import TrainResult, train, train_many
 
 __all__ = [
     "KINDS",
     "BatchTopK",
+    "Branches",
     "Dictionary",
     "Evaluation",
     "Gated",
@@ -36,6 +40,7 @@ __all__ = [
     "Rank1",
     "SparseCode",
     "Standard",
+    "Substitution",
     "TopK",
     "TrainResult",
     "build",
@@ -50,6 +55,9 @@ __all__ = [
     "losses",
     "pretrained",
     "push_to_hub",
+    "separate_branches",
+    "state_rows",
+    "substitution",
     "train",
     "train_crosscoder",
     "train_end_to_end",
@@ -57,5 +65,6 @@ __all__ = [
     "train_many_on_text",
     "train_on_text",
     "train_sae",
+    "train_state_sae",
     "train_transcoder",
 ]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from circuitbench.dictionaries.base import _SEED_SALT, Objective, Step
@@ -152,9 +153,25 @@ def _checked_shape(shape: Sequence[int], d_in: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
+class _Outer(torch.autograd.Function):
+    """left ⊗ right: the gradient in two passes over it, where autograd's takes four and two arrays as large."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return torch.bmm(left[:, :, None], right[:, None, :]).flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = ctx.saved_tensors
+        matrices = grad.reshape(len(left), left.shape[1], right.shape[1])
+        return torch.bmm(matrices, right[:, :, None])[:, :, 0], torch.bmm(left[:, None, :], matrices)[:, 0]
+
+
 def outer(left: Float[Tensor, "n rows"], right: Float[Tensor, "n cols"]) -> Float[Tensor, "n rows_times_cols"]:
-    """left ⊗ right, row by row, flattened."""
-    return (left[:, :, None] * right[:, None, :]).flatten(1)
+    """left ⊗ right, row by row, flattened; differentiable once."""
+    return _Outer.apply(left, right)
 
 
 def _lengths(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:

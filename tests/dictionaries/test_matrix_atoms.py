@@ -88,14 +88,14 @@ def test_gradients_are_those_of_dense_autograd(dead: list[int]) -> None:
 
 def test_planted_atoms_are_recovered() -> None:
     generator = torch.Generator().manual_seed(0)
-    U, V = (F.normalize(torch.randn(48, size, generator=generator), dim=1) for size in (10, 8))
+    U, V = (F.normalize(torch.randn(16, size, generator=generator), dim=1) for size in (8, 6))
     atoms = outer(U, V)
-    weights = (torch.rand(8_000, 48, generator=generator) < 3 / 48) * (0.5 + torch.rand(8_000, 48, generator=generator))
-    rows = 7.0 * (weights @ atoms + 0.3 * torch.randn(80, generator=generator))
+    weights = (torch.rand(3_000, 16, generator=generator) < 3 / 16) * (0.5 + torch.rand(3_000, 16, generator=generator))
+    rows = 7.0 * (weights @ atoms + 0.3 * torch.randn(48, generator=generator))
     found = train(
-        rows, kind="rank1", shape=(10, 8), k=3, d_dict=96, steps=250, batch_size=256, progress=False
+        rows, kind="rank1", shape=(8, 6), k=3, d_dict=32, steps=200, batch_size=128, progress=False
     ).dictionary
-    assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(96), atol=1e-5)
+    assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(32), atol=1e-5)
     best = (atoms @ found.W_dec.T).amax(1)
     assert (best > 0.95).all(), best.min()
     # the scale is folded in: activations are in the units of the rows
