@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import tee
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from ..tracing.forward import forward
 from ..tracing.interventions import Set
 from .base import Dictionary
 from .evaluation import Batch, Reconstruction, Splice, reconstruction, splice
-from .on_model import one_site
+from .reporting import to_dict, to_saebench
+from .splice_run import check_widths, places
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -91,6 +93,18 @@ class Evaluation:
         """KL(clean ‖ spliced) of next-token distributions, in nats, mean over tokens."""
         return self.splice.kl
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every number by its name, as JSON takes it; what is not defined is None."""
+        return to_dict(self.reconstruction, self.splice)
+
+    def to_saebench(self) -> dict[str, dict[str, float | int]]:
+        """The core measures under SAEBench's names and in its groups; see `reporting.to_saebench`.
+
+        Raises:
+            BadInput: If replacing the site by zeros does not make the model worse.
+        """
+        return to_saebench(self.reconstruction, self.splice)
+
     def __str__(self) -> str:
         ablated = ", ".join(f"{name} {loss:.3f}" for name, loss in self.ce_ablated.items())
         return (
@@ -105,11 +119,14 @@ def evaluate(
     text: Text,
     *,
     site: str | None = None,
+    site_out: str | None = None,
     context: int = 256,
     prompts_per_forward: int = 16,
     progress: bool = True,
 ) -> Evaluation:
     """Judge a dictionary on held-out text: how well it reconstructs, and what the model loses by running on it.
+
+    A transcoder is judged by the site it reconstructs, a crosscoder by all its sites, replaced at once.
 
     Args:
         dictionary: The dictionary.
@@ -117,6 +134,7 @@ def evaluate(
         text: Text it was not trained on, as for `ActivationStream`; it is kept in memory as token ids, its activations
             are not.
         site: Where it belongs; default: the site it was trained on.
+        site_out: Where a transcoder writes; default: the site it was trained on.
         context: Tokens the model reads at once.
         prompts_per_forward: Sequences of that size a forward.
         progress: Show progress bars.
@@ -128,9 +146,11 @@ def evaluate(
     Raises:
         BadInput: For a dictionary without a site, or of another size than the site; a text without tokens.
     """
-    reading = HeldOut(dictionary, model, text, site, context, prompts_per_forward)
-    rows = reading.rows(progress)
-    measured = reconstruction(dictionary, rows)
+    reading = HeldOut(dictionary, model, text, site, site_out, context, prompts_per_forward)
+    rows = RowsOf(reading, progress)
+    read, wanted = tee(rows)  # read side by side, so that one batch is held
+    targets = (target for _, target in wanted) if dictionary.transcodes else None
+    measured = reconstruction(dictionary, (x for x, _ in read), targets)
     return Evaluation(measured, spliced_losses(dictionary, reading, rows.mean, progress))
 
 
@@ -139,7 +159,8 @@ class HeldOut:
 
     Attributes:
         stream: Where activations come from.
-        address: The site.
+        reads: The sites that the dictionary reads.
+        writes: The sites that it reconstructs.
         batches: `(b, t)` token ids, one a forward.
 
     Raises:
@@ -152,28 +173,44 @@ class HeldOut:
         model: Model,
         text: Text,
         site: str | None,
+        site_out: str | None,
         context: int,
         prompts_per_forward: int,
     ) -> None:
-        address = one_site(model, site_of(dictionary, site))
-        self.stream = ActivationStream(model, address, text, context=context, sequences_per_forward=prompts_per_forward)
-        self.address = address
-        check_size(dictionary, self.stream.widths()[address], address)
+        self.reads, self.writes = places(model, dictionary, site, site_out)
+        sites = list(dict.fromkeys([*self.reads, *self.writes]))
+        self.stream = ActivationStream(model, sites, text, context=context, sequences_per_forward=prompts_per_forward)
+        widths = self.stream.widths()
+        d_read, d_written = (sum(widths[site] for site in sites) for sites in (self.reads, self.writes))
+        check_widths(dictionary, d_read, d_written, self.reads, self.writes)
         self.batches = [ids for ids, _ in self.stream.forwards()]
         if not any(self.stream.kept(ids).any() for ids in self.batches):
             raise BadInput(NO_TOKENS)
 
-    def activations(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-        """What the site holds for a batch, one row a token."""
-        return self.stream.read(ids)[self.address]
+    def activations(self, ids: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b t d_in"], Float[Tensor, "b t d_out"]]:
+        """What is read and what is reconstructed, for a batch, one row a token."""
+        found = self.stream.read(ids)
+        x, target = (torch.cat([found[site] for site in sites], 2) for sites in (self.reads, self.writes))
+        return x, target
 
-    def rows(self, progress: bool) -> RowsOf:
-        """The site at every token that is not special."""
-        return RowsOf(self, progress)
+    def changes(self, values: Float[Tensor, "*bt d_out"], ids: Int[Tensor, "b t"]) -> list[Set]:
+        """The reconstructed sites set to some values at all tokens that are not special."""
+        shapes = [self.stream.shapes()[site] for site in self.writes]
+        parts = values.split([self.stream.widths()[site] for site in self.writes], dim=-1)
+        keep = self.stream.kept(ids)
+        return [
+            Set(site, part.unflatten(-1, shape) if len(shape) > 1 else part, positions=keep)
+            for site, part, shape in zip(self.writes, parts, shapes, strict=True)
+        ]
 
 
 class RowsOf:
-    """Activations, batch by batch, whose mean is known when they have been read."""
+    """(rows that are read, rows that are reconstructed), batch by batch, at tokens that are not special.
+
+    Attributes:
+        n: Rows that have been read.
+        total: Sum of what is reconstructed.
+    """
 
     def __init__(self, text: HeldOut, progress: bool) -> None:
         self.text = text
@@ -181,64 +218,44 @@ class RowsOf:
         self.n = 0
         self.total: Tensor | None = None
 
-    def __iter__(self) -> Iterator[Float[Tensor, "n d"]]:
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]]:
         self.n, self.total = 0, None
         for ids in tqdm(self.text.batches, disable=not self.progress, desc="activations", unit="batch"):
-            rows = self.text.activations(ids)[self.text.stream.kept(ids)]
-            summed = rows.sum(0, dtype=torch.float64)
+            keep = self.text.stream.kept(ids)
+            x, target = (part[keep] for part in self.text.activations(ids))
+            summed = target.sum(0, dtype=torch.float64)
             self.total = summed if self.total is None else self.total + summed
-            self.n += len(rows)
-            yield rows
+            self.n += len(x)
+            yield x, target
 
     @property
-    def mean(self) -> Float[Tensor, " d"]:
-        """Of the rows that have been read."""
+    def mean(self) -> Float[Tensor, " d_out"]:
+        """Of the rows that have been reconstructed."""
         assert self.total is not None  # they have been
         return (self.total / self.n).float()
 
 
-def spliced_losses(dictionary: Dictionary, text: HeldOut, mean: Float[Tensor, " d"], progress: bool) -> Splice:
-    """The model's losses as it is, on the reconstruction, and with the site set to zero or to its mean."""
-    model, address = text.stream.model, text.address
+def spliced_losses(dictionary: Dictionary, text: HeldOut, mean: Float[Tensor, " d_out"], progress: bool) -> Splice:
+    """The model's losses as it is, on the reconstruction, and with what is reconstructed set to zero or its mean."""
+    model = text.stream.model
     held: dict[str, Tensor] = {}
 
     def clean(batch: Batch) -> Tensor:
-        found = forward(model, encode(model, batch[0]), sites=[address])
-        held["x"] = found[address]
+        found = forward(model, encode(model, batch[0]), sites=text.reads)
+        # A site with several axes is to a dictionary one row a token.
+        held["x"] = torch.cat([found[site].flatten(2) for site in text.reads], 2)
         return found["logits"].cpu()
 
-    def changed(batch: Batch, value: Tensor) -> Tensor:
-        change = Set(address, value, positions=text.stream.kept(batch[0]))
-        return forward(model, encode(model, batch[0]), change)["logits"].cpu()
-
-    def reconstructed(x: Tensor) -> Tensor:
-        # A site with several axes is to a dictionary one row a token.
-        return dictionary(x.flatten(2)).reshape(x.shape)
+    def changed(batch: Batch, values: Tensor) -> Tensor:
+        return forward(model, encode(model, batch[0]), text.changes(values, batch[0]))["logits"].cpu()
 
     batches = tqdm(text.batches, disable=not progress, desc="splice", unit="batch")
     return splice(
         ((ids, torch.ones_like(ids, dtype=torch.bool)) for ids in batches),
         clean=clean,
-        spliced=lambda batch: changed(batch, reconstructed(held["x"])),
+        spliced=lambda batch: changed(batch, dictionary(held["x"])),
         ablated={
-            "zero": lambda batch: changed(batch, torch.zeros(())),
-            "mean": lambda batch: changed(batch, mean.reshape(held["x"].shape[2:])),
+            "zero": lambda batch: changed(batch, torch.zeros_like(mean)),
+            "mean": lambda batch: changed(batch, mean),
         },
     )
-
-
-def site_of(dictionary: Dictionary, site: str | None) -> str:
-    """Where a dictionary belongs."""
-    site = site or dictionary.site
-    if site is None:
-        raise BadInput('This dictionary does not know its site; name it, for example site="layers.3.ssm.gated".')
-    return site
-
-
-def check_size(dictionary: Dictionary, d_site: int, address: str) -> None:
-    """A dictionary replaces a site by something of the same size."""
-    if dictionary.d_in != d_site or dictionary.d_out != d_site:
-        raise BadInput(
-            f"The dictionary is from {dictionary.d_in} to {dictionary.d_out}, and {address} has {d_site} components; "
-            "give the model and site it was trained on."
-        )

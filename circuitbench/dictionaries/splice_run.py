@@ -139,7 +139,8 @@ def rows_at(found: dict[str, Tensor], addresses: list[str], real: Tensor) -> Ten
 def check_widths(dictionary: Dictionary, d_read: int, d_written: int, reads: list[str], writes: list[str]) -> None:
     """Refuse a dictionary of other sizes than its sites."""
     if (dictionary.d_in, dictionary.d_out) != (d_read, d_written):
+        written = "" if reads == writes else f", {', '.join(writes)} has {d_written}"
         raise BadInput(
-            f"The dictionary is from {dictionary.d_in} to {dictionary.d_out}; {', '.join(reads)} has {d_read} "
-            f"components and {', '.join(writes)} has {d_written}; give the model and site it was trained on."
+            f"The dictionary is from {dictionary.d_in} to {dictionary.d_out}, and {', '.join(reads)} has {d_read} "
+            f"components{written}; give the model and site it was trained on."
         )

@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused(model: cb.Model, sae: dictionaries.Diction
     small = dictionaries.build("topk", d_in=8, d_dict=16, k=2)
     with pytest.raises(BadInput, match="does not know its site"):
         splice(model, small, PROMPTS)
-    with pytest.raises(BadInput, match=f"from 8 to 8; {SITE} has"):
+    with pytest.raises(BadInput, match=f"from 8 to 8, and {SITE} has"):
         splice(model, small, PROMPTS, site=SITE)
     with pytest.raises(BadInput, match="must return the same shape"):
         splice(model, sae, PROMPTS, edit=lambda features: features[:, :3])
