@@ -93,6 +93,8 @@ class Dictionary(nn.Module, ABC):
     training_options: ClassVar[Mapping[str, Any]] = {}
     # Added to x @ W_enc; the first one decides which features are active.
     encoder_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    # Whether activations may be negative: then a feature is its direction and the opposite one, and ≠ 0 is active.
+    signed: ClassVar[bool] = False
     # What stays in float32 whatever the dictionary's dtype is. In units of the activations, as the biases are.
     float32: ClassVar[tuple[str, ...]] = ()
 

@@ -85,10 +85,15 @@ def mppc(
         seed: of the baseline.
 
     Raises:
-        BadInput: activations of different tokens, or fewer than two rows.
+        BadInput: activations of different tokens, fewer than two rows, or a kind whose activations have a sign.
     """
     if baseline not in (None, "shuffled", "rotated"):
         raise BadInput(f'baseline={baseline!r} was given; it is "shuffled", "rotated" or None.')
+    if a.signed or b.signed:
+        raise BadInput(
+            'activations of an "abstopk" dictionary have a sign, and which one says nothing; compare one direction at '
+            "a time: give dictionary.two_sided()."
+        )
     generator = torch.Generator().manual_seed(seed)
     rotation = torch.linalg.qr(torch.randn(b.d_in, b.d_in, generator=generator, dtype=torch.float64))[0].to(b.W_enc)
     found, chance = _Correlations(a.d_dict, b.d_dict), _Correlations(a.d_dict, b.d_dict) if baseline else None

@@ -11,8 +11,8 @@ reconstructs.
   ‖x̂‖ / ‖x‖.
 * Relative reconstruction bias (Rajamanoharan et al. 2024, arXiv:2404.16014): E‖x̂‖² / E[x̂·x]; below 1 where the
   reconstruction is too short.
-* L0: active features a row, the mean; a feature is active where its activation is greater than 0. L1: the sum of a
-  row's activations, the mean.
+* L0: active features a row, the mean; a feature is active where its activation is not 0, which in all kinds but
+  "abstopk" is greater than 0. L1: the sum of the sizes of a row's activations, the mean.
 * Density of a feature: the share of rows on which it is active. Dead share: the share of features active on none.
 * Max encoder (decoder) cosine: the largest cosine of a feature's encoder column (decoder row) with another feature's,
   the mean over features.
@@ -203,8 +203,8 @@ class _Sums:
         self.total += target.sum(0)
         self.squares += target.pow(2).sum(0)
         self.fired += torch.bincount(code.active_features(), minlength=dictionary.d_dict)
-        self.l0 += (code.values > 0).sum().item()
-        self.l1 += code.values.double().sum().item()
+        self.l0 += (code.values != 0).sum().item()
+        self.l1 += code.values.double().abs().sum().item()
         self.legacy += (1 - error.sum(1) / (target - target.mean(0)).pow(2).sum(1)).sum().item()
         self.cosine += F.cosine_similarity(target, estimate, dim=1, eps=1e-30).sum().item()
         before, after = target.norm(dim=1), estimate.norm(dim=1)

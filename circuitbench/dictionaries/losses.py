@@ -137,9 +137,9 @@ def auxk(
     k_aux = min(dictionary.d_in // 2 if k_aux is None else k_aux, len(dead))
     values = dictionary.preactivations(x, dead)
     if k_aux < len(dead):
-        largest = values.topk(k_aux, dim=1, sorted=False)
-        values = torch.zeros_like(values).scatter(1, largest.indices, largest.values)
-    estimate = values.relu() @ dictionary.W_dec[dead]
+        largest = (values.abs() if dictionary.signed else values).topk(k_aux, dim=1, sorted=False).indices
+        values = torch.zeros_like(values).scatter(1, largest, values.gather(1, largest))
+    estimate = (values if dictionary.signed else values.relu()) @ dictionary.W_dec[dead]
     return (left_over - estimate).pow(2).sum() / variance.clamp_min(torch.finfo(x.dtype).tiny)
 
 

@@ -13,6 +13,8 @@ between true directions and decoder rows puts them together.
   activations are too small.
 * Absorption (Chanin et al. 2024, arXiv:2409.14507): over pairs of a true parent and its child, and rows on which the
   child is active (so the parent is), the share on which the child's latent is active and the parent's is not.
+* Of a kind whose activations have a sign ("abstopk"), a latent stands for its decoder row or for the opposite one,
+  whichever fits: cosines are without sign, and the latent is active where its activation has the sign that fits.
 * FVU, L0 and dead share as in `dictionaries.evaluation`, on the same rows.
 """
 
@@ -85,10 +87,11 @@ def score(
         raise BadInput(f"n={n} and batch_size={batch_size} were given; both must be at least 1.")
     device = dictionary.W_dec.device
     directions = truth.directions.to(device)
-    best = max_cosines(directions, dictionary.W_dec)[0]
-    latent = _partners(directions, dictionary.W_dec)
+    rows = dictionary.W_dec
+    best = max_cosines(directions, torch.cat([rows, -rows]) if dictionary.signed else rows)[0]
+    latent, side = _partners(directions, rows, dictionary.signed)
     has_latent = latent >= 0
-    lengths = dictionary.W_dec.double().norm(dim=1)[latent]
+    lengths = side * rows.double().norm(dim=1)[latent]
     counts = _Counts(truth, dictionary)
     n_rows = 0
     while n_rows < n:
@@ -102,9 +105,13 @@ def score(
     return counts.scores(best, n_rows)
 
 
-def _partners(directions: Tensor, W_dec: Tensor) -> Tensor:
-    """The latent of each true feature, −1 where there are too few."""
-    return assign(F.normalize(directions.double(), dim=1) @ F.normalize(W_dec.double(), dim=1).T)
+def _partners(directions: Tensor, W_dec: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """The latent of each true feature, −1 where there are too few; and 1, or −1 where it is the opposite that fits."""
+    cosines = F.normalize(directions.double(), dim=1) @ F.normalize(W_dec.double(), dim=1).T
+    if not signed:
+        return assign(cosines), cosines.new_ones(len(cosines))
+    latent = assign(cosines.abs())
+    return latent, torch.where(cosines.gather(1, latent.clamp_min(0)[:, None])[:, 0] < 0, -1.0, 1.0).to(cosines)
 
 
 class _Counts:
@@ -126,8 +133,8 @@ class _Counts:
         self.error += (x.double() - estimate.double()).pow(2).sum().item()
         self.total += x.double().sum(0)
         self.squares += x.double().pow(2).sum(0)
-        self.fired += (features > 0).sum(0)
-        self.l0 += (features > 0).sum().item()
+        self.fired += (features != 0).sum(0)
+        self.l0 += (features != 0).sum().item()
 
     def detection(self, true: Tensor, found: Tensor) -> None:
         is_true, is_found = true > 0, found > 0

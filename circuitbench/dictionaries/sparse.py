@@ -197,12 +197,12 @@ class SparseCode:
 
     @property
     def l0(self) -> Float[Tensor, ""]:
-        """Features above 0 in a row, the mean."""
-        return (self.values > 0).sum() / self.n
+        """Active features (≠ 0) of a row, the mean."""
+        return (self.values != 0).sum() / self.n
 
-    def active_features(self) -> Int[Tensor, " nnz_positive"]:
-        """The features above 0 anywhere; one entry for every row where it is."""
-        return self.columns[self.values > 0]
+    def active_features(self) -> Int[Tensor, " nnz_active"]:
+        """The features that are active (≠ 0) anywhere; one entry for every row where it is."""
+        return self.columns[self.values != 0]
 
     def to_dense(self) -> Float[Tensor, "n d_dict"]:
         """The same code with its zeros."""
@@ -214,8 +214,8 @@ class SparseCode:
 
     @staticmethod
     def of_dense(features: Float[Tensor, "n d_dict"]) -> SparseCode:
-        """A dense code's entries above 0, differentiable."""
-        support = Support.of_mask(features > 0)
+        """A dense code's entries that are not 0, differentiable."""
+        support = Support.of_mask(features != 0)
         return SparseCode(features[support.rows, support.columns], support)
 
 

@@ -81,14 +81,66 @@ def largest(x: Tensor, weights: dict[str, Tensor], settings: dict[str, Any]) -> 
     return torch.zeros_like(scores).scatter(1, indices, values.relu())[:, settings["columns"]]
 
 
+def furthest(x: Tensor, weights: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
+    """The k pre-activations of all features that are largest in size, sign kept; then those of `columns`."""
+    scores = product(x, weights, "b_enc")
+    indices = scores.abs().topk(settings["k"], dim=-1).indices
+    return torch.zeros_like(scores).scatter(1, indices, scores.gather(1, indices))[:, settings["columns"]]
+
+
+def pursuit(
+    x: Tensor, directions: Tensor, max_iterations: int, residual_threshold: float, stop_on_duplicate_support: bool
+) -> Tensor:
+    """Matching pursuit (Mallat & Zhang 1993): the code of rows, one feature at a time, `(n, d_dict)`.
+
+    In each round a row takes the feature with the largest inner product with what is left of it, if that is positive,
+    and that much of the feature is subtracted. Differentiable, with the features that are taken held fixed.
+
+    Args:
+        x: `(n, d)`.
+        directions: `(d_dict, d)`; of length 1, or nothing says that the rest gets smaller.
+        max_iterations: Rounds.
+        residual_threshold: A row is done when what is left of it is shorter than this.
+        stop_on_duplicate_support: A row is done when a round gave it no new feature.
+    """
+    residual = x
+    code = x.new_zeros(len(x), len(directions))
+    done = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+    for _ in range(max_iterations):
+        with torch.no_grad():
+            chosen = (residual @ directions.T).argmax(1, keepdim=True)
+            known = code.gather(1, chosen) != 0
+        direction = directions[chosen[:, 0]]
+        value = (residual * direction).sum(-1, keepdim=True).relu() * ~done
+        code.scatter_add_(1, chosen, value)
+        residual = residual - value * direction
+        if stop_on_duplicate_support:
+            done = done | known | (value == 0)
+        if residual_threshold > 0:
+            done = done | (residual.detach().norm(dim=-1, keepdim=True) < residual_threshold)
+        if bool(done.all()):
+            break
+    return code
+
+
+def pursued(x: Tensor, weights: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
+    """Matching pursuit with all features; then those of `columns`."""
+    x = x - weights["b_in"] if "b_in" in weights else x
+    stops = (settings["max_iterations"], settings["residual_threshold"], settings["stop_on_duplicate_support"])
+    return pursuit(x, weights["W_enc"].T, *stops)[:, settings["columns"]]
+
+
 # kind -> its rule, the tensors besides W_enc that it takes a column of, and whether it has to see every feature
 RULES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...], bool]] = {
     "standard": (rectified, ("b_enc",), False),
     "gated": (gated, ("b_gate", "b_mag", "r_mag"), False),
     "topk": (largest, ("b_enc",), True),
+    "rank1": (largest, ("b_enc",), True),
+    "abstopk": (furthest, ("b_enc",), True),
     "batchtopk": (thresholded, ("b_enc", "threshold"), False),
     "jumprelu": (thresholded, ("b_enc", "threshold"), False),
     "matryoshka": (thresholded, ("b_enc", "threshold"), False),
+    "matching_pursuit": (pursued, (), True),
 }
 
 

@@ -11,6 +11,8 @@ from circuitbench.dictionaries import KINDS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk": {"k": 3},
+    "abstopk": {"k": 3},
+    "matching_pursuit": {"max_iterations": 5, "residual_threshold": 0.1, "stop_on_duplicate_support": True},
     "batchtopk": {"k": 3},
     "matryoshka": {"k": 3, "prefixes": (5, 20)},
     "rank1": {"k": 3, "shape": (2, 3)},
@@ -23,7 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "crosscoder": {"blocks": {"layers.0.resid_post": 2, "layers.1.resid_post": 4}},
 }
 
-AUTOENCODERS_ONLY = ("rank1",)
+AUTOENCODERS_ONLY = ("matching_pursuit", "rank1")
 CASES = [
     (kind, form) for kind in sorted(KINDS) for form in FORMS if form == "autoencoder" or kind not in AUTOENCODERS_ONLY
 ]
@@ -35,6 +37,8 @@ def example(kind: str, *, d_in: int = 6, d_dict: int = 20, seed: int = 0, **argu
     for name, tensor in dictionary.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)
         tensor.copy_(0.5 + 0.1 * noise if name == "threshold" else noise)
+    if kind == "matching_pursuit":
+        dictionary.normalize_decoder()
     dictionary.site, dictionary.model_name = "layers.3.ssm.gated", "zoo:pylm-hybrid"
     if dictionary.transcodes:
         dictionary.site_out = "layers.3.ssm.out"

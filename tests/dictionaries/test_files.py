@@ -164,7 +164,12 @@ def damage(folder: Path, what: str) -> None:
         case "metadata no object":
             rewrite(folder, metadata=[1])
         case "unknown kind":
+            rewrite(folder, architecture="relu6", metadata={})
+        case "of sequences":
             rewrite(folder, architecture="temporal", metadata={})
+        case "another number of rounds":
+            example("matching_pursuit").save(folder)
+            rewrite(folder, max_iterations=4)
         case "no kind":
             rewrite(folder, architecture=None)
         case "another kind than recorded":
@@ -217,7 +222,9 @@ def damage(folder: Path, what: str) -> None:
         ("config not JSON", "not valid JSON"),
         ("config no object", "holds a JSON list; a dictionary is described by an object"),
         ("metadata no object", "metadata that are no object"),
-        ("unknown kind", "says architecture 'temporal'; of SAELens' architectures these can be read: 'gated', 'jump"),
+        ("unknown kind", "says architecture 'relu6'; of SAELens' architectures these can be read: 'abstopk', 'gat"),
+        ("of sequences", "says architecture 'temporal': its code of a token depends on the tokens before it"),
+        ("another number of rounds", "says max_iterations = 4, and records 5; one of them was changed"),
         ("no kind", "says architecture None"),
         ("another kind than recorded", "records kind 'topk', which is saved as 'topk'; one of them was changed"),
         ("no k", "it has the settings none, and must have k"),

@@ -22,6 +22,14 @@ SAES = {
     "gated, b_dec not subtracted": {"apply_b_dec_to_input": False},
     "topk": {"k": K},
     "topk, rescaled": {"k": K, "rescale_acts_by_decoder_norm": True},
+    "abstopk": {"k": K},
+    "abstopk, rescaled": {"k": K, "rescale_acts_by_decoder_norm": True},
+    "abstopk, b_dec not subtracted": {"k": K, "apply_b_dec_to_input": False},
+    "matching_pursuit": {},
+    "matching_pursuit, few rounds": {"max_iterations": 5},
+    "matching_pursuit, until little is left": {"residual_threshold": 1.0, "stop_on_duplicate_support": False},
+    "matching_pursuit, all rounds": {"residual_threshold": 0.0, "stop_on_duplicate_support": False},
+    "matching_pursuit, b_dec not subtracted": {"max_iterations": 9, "apply_b_dec_to_input": False},
     "jumprelu": {},
     "jumprelu, b_dec not subtracted": {"apply_b_dec_to_input": False},
     "transcoder": {"d_out": D_OUT, "apply_b_dec_to_input": False},
@@ -34,13 +42,14 @@ TRAINED = {
     "gated": {},
     "topk": {"k": K},
     "topk, not rescaled": {"k": K, "rescale_acts_by_decoder_norm": False},
+    "abstopk": {"k": K},
     "batchtopk": {"k": K},
+    "matching_pursuit": {"residual_threshold": 0.5},
     "jumprelu": {},
     "matryoshka_batchtopk": {"k": K, "matryoshka_widths": [32, D_SAE]},
 }
 REFUSED = {
-    "abstopk": {"k": K},
-    "matching_pursuit": {},
+    "temporal": {"n_heads": 2, "bottleneck_factor": 4},
     "standard, layer_norm": {"normalize_activations": "layer_norm"},
     "standard, constant_norm_rescale": {"normalize_activations": "constant_norm_rescale"},
 }
@@ -52,6 +61,8 @@ def scramble(sae: Any) -> None:
     for name, tensor in [*sae.named_parameters(), *sae.named_buffers()]:
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         tensor.copy_(0.3 + 0.1 * noise if "threshold" in name else 0.3 * noise)
+    if sae.cfg.architecture() == "matching_pursuit":
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
 
 
 def answers(sae: Any, x: torch.Tensor, path: Path) -> None:

@@ -1,8 +1,8 @@
 """SAELens' layout, in which we save: `cfg.json` and `sae_weights.safetensors` of its version 6.54.
 
-SAELens knows fewer kinds than we do. What it calls `jumprelu` is what a batchtopk or a matryoshka dictionary does once
-it is trained, so they are saved under that name. Ours is recorded beside it, in `metadata.circuitbench`, which SAELens
-keeps and does not read; with it everything comes back as it was.
+SAELens knows fewer kinds than we do, and one more, "temporal", for sequences. What it calls `jumprelu` is what
+a batchtopk or a matryoshka dictionary does once it is trained, so they are saved under that name. Ours is recorded
+beside it, in `metadata.circuitbench`, which SAELens keeps and does not read; with it everything comes back as it was.
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ SCALER = "activation_scaler.json"  # beside the checkpoints that SAELens writes 
 # SAELens takes a file that names none for one of before 6.0, and drops what it does not know of the metadata.
 LAYOUT = "6.54.12"
 
-_AS = {"standard": "standard", "gated": "gated", "topk": "topk"} | dict.fromkeys(
-    ("jumprelu", "batchtopk", "matryoshka"), "jumprelu"
-)
-_READ = {"standard": "standard", "gated": "gated", "topk": "topk", "jumprelu": "jumprelu"}
+_READ = {name: name for name in ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit")}
+_AS = _READ | dict.fromkeys(("batchtopk", "matryoshka"), "jumprelu")
 _TRANSCODERS = {
     "transcoder": ("standard", False),
     "skip_transcoder": ("standard", True),
     "jumprelu_transcoder": ("jumprelu", False),
     "jumprelu_skip_transcoder": ("jumprelu", True),
+}
+_TOP_K = ("topk", "abstopk")
+_PURSUIT = "matching_pursuit"
+# What stands in its configuration under the name that the kind's setting has with us.
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_TOP_K, ("k",)),
+    _PURSUIT: ("max_iterations", "residual_threshold", "stop_on_duplicate_support"),
 }
 OURS = "circuitbench_"  # before the kind, where SAELens has no architecture that does the same
 
@@ -64,7 +69,9 @@ def config_of(dictionary: Dictionary, fingerprint: str) -> dict[str, Any]:
     sizes = {"d_in": dictionary.d_in, "d_sae": dictionary.d_dict}
     if dictionary.transcodes:
         sizes["d_out"] = dictionary.d_out
-    options = {"k": dictionary.settings["k"], "rescale_acts_by_decoder_norm": False} if name == "topk" else {}
+    options = {key: dictionary.settings[key] for key in _OPTIONS.get(name, ())}
+    if name in _TOP_K:
+        options["rescale_acts_by_decoder_norm"] = False
     theirs = dict(dictionary.metadata.get("saelens", {}))
     site = dictionary.site or (" + ".join(dictionary.blocks) or None)
     hooks = {"hook_name": theirs.get("hook_name") or site}
@@ -146,14 +153,33 @@ def _form(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     name = config["architecture"]
     plain = {"transcodes": False, "skip": False, "blocks": None, "settings": {}}
     if name in _READ:
-        settings = {"k": common.integer(config, "k", path)} if name == "topk" else {}
+        settings = {"k": common.integer(config, "k", path)} if name in _TOP_K else {}
+        settings = _pursuit(config, path) if name == _PURSUIT else settings
         return plain | {"kind": _READ[name], "settings": settings}
     if name in _TRANSCODERS:
         kind, skip = _TRANSCODERS[name]
         return plain | {"kind": kind, "transcodes": True, "skip": skip}
+    if name == "temporal":
+        raise BadInput(
+            f"{path} says architecture 'temporal': its code of a token depends on the tokens before it, and a "
+            "dictionary encodes rows, each by itself; run it with SAELens."
+        )
     hint = " (that of a run in progress: save it with save_inference_model)" if str(name).endswith("batchtopk") else ""
     known = ", ".join(map(repr, sorted({*_READ, *_TRANSCODERS})))
     raise BadInput(f"{path} says architecture {name!r}{hint}; of SAELens' architectures these can be read: {known}.")
+
+
+def _pursuit(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Where a matching pursuit stops; what is left out as SAELens takes it."""
+    found = kind_of(_PURSUIT).default_settings(0) | {key: config[key] for key in _OPTIONS[_PURSUIT] if key in config}
+    rounds, threshold = found["max_iterations"], found["residual_threshold"]
+    if rounds is not None:
+        common.integer(config, "max_iterations", path)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+        raise BadInput(f"{path} says residual_threshold = {threshold!r}; it must be a number.")
+    if config.get("normalize_activations") == "expected_average_only_in":
+        found["residual_threshold"] = threshold / _scaling_factor(path.parent)
+    return found
 
 
 def _recorded(config: Mapping[str, Any], record: Any, path: Path) -> dict[str, Any]:
@@ -175,8 +201,11 @@ def _recorded(config: Mapping[str, Any], record: Any, path: Path) -> dict[str, A
             f"{path} does not describe a {kind!r} dictionary: it has the settings {', '.join(settings) or 'none'}, "
             f"and must have {', '.join(cls.settings_names) or 'none'}."
         )
-    if name == "topk" and config.get("k") != settings["k"]:
-        raise BadInput(f"{path} says k = {config.get('k')!r}, and records {settings['k']!r}; one of them was changed.")
+    for key in _OPTIONS.get(name, ()):
+        if config.get(key) != settings[key]:
+            raise BadInput(
+                f"{path} says {key} = {config.get(key)!r}, and records {settings[key]!r}; one of them was changed."
+            )
     form = {"transcodes": transcodes, "skip": skip, "blocks": record.get("blocks") or None}
     return form | {"kind": kind, "settings": settings}
 
@@ -223,12 +252,16 @@ def _of_before_6(config: dict[str, Any]) -> dict[str, Any]:
 def _fold(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, Tensor]:
     """SAELens' options brought into the weights: the same activations, the same reconstruction."""
     tensors = dict(tensors)
+    if config["architecture"] == _PURSUIT:  # tied: directions keep their length, and b_dec goes in and out or neither
+        if config.get("normalize_activations") == "expected_average_only_in":
+            tensors["b_dec"] = tensors["b_dec"] / _scaling_factor(folder)
+        return tensors | ({} if config.get("apply_b_dec_to_input", True) else {"b_dec": 0 * tensors["b_dec"]})
     if config.get("normalize_activations") == "expected_average_only_in":
         scale = _scaling_factor(folder)
         tensors["W_enc"] = tensors["W_enc"] * scale
         tensors["W_dec"] = tensors["W_dec"] / scale
         tensors["b_dec"] = tensors["b_dec"] / scale
-    if config["architecture"] == "topk" and config.get("rescale_acts_by_decoder_norm", False):
+    if config["architecture"] in _TOP_K and config.get("rescale_acts_by_decoder_norm", False):
         norms = tensors["W_dec"].norm(dim=1).clamp_min(1e-8)
         tensors["W_enc"] = tensors["W_enc"] * norms
         tensors["b_enc"] = tensors["b_enc"] * norms
