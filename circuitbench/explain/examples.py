@@ -193,6 +193,11 @@ class FeatureExamples:
         mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.bool()
         shown = mask if shown is None else shown.bool()
         activations = (activations * mask.unsqueeze(2)).float().cpu()
+        if activations.numel() and not activations.min() >= 0:
+            raise BadInput(
+                "These activations are negative in places, or not numbers; examples are for features that are active "
+                'or not, with an activation above 0 (a dictionary of kind "abstopk" has signed ones).'
+            )
         batch = _Batch(activations, token_ids.cpu(), mask.cpu(), shown.cpu(), self)
         self.active_tokens += (batch.activations > 0).sum((0, 1))
         self.n_tokens += int(batch.mask.sum())

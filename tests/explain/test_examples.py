@@ -126,5 +126,7 @@ def test_draws_are_even() -> None:
 def test_wrong_requests_are_refused() -> None:
     with pytest.raises(BadInput, match="n must be at least 1"):
         FeatureExamples(4, n=0)
+    with pytest.raises(BadInput, match="negative in places"):
+        FeatureExamples(4).add(-torch.ones(1, 3, 4), torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(BadInput, match="feature 4 was asked for; there are 0 to 3"):
         FeatureExamples(4).of(4)
