@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from circuitbench.dictionaries.base import Dictionary
-from circuitbench.dictionaries.splice_run import check_widths, places, rows_at
+from circuitbench.dictionaries.splice_run import check_widths, rows_at, sites_read
 from circuitbench.errors import BadInput
 from circuitbench.tracing import capture
 
@@ -144,7 +144,7 @@ def probe_texts(
     given = list(labels)
     if len(given) != len(texts):
         raise BadInput(f"{len(texts)} texts came with {len(given)} labels; give one for each text.")
-    reads, _ = places(model, dictionary, site, dictionary.site_out)
+    reads = sites_read(model, dictionary, site)
     found = capture(model, list(texts), reads)
     lengths = found.lengths.tolist()
     by_token = [isinstance(label, Iterable) for label in given]

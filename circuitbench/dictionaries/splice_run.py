@@ -120,15 +120,27 @@ def places(model: Model, dictionary: Dictionary, site: str | None, site_out: str
         if site is not None or site_out is not None:
             raise BadInput(f"a crosscoder's sites are {', '.join(dictionary.blocks)}; leave out site and site_out.")
         return list(dictionary.blocks), list(dictionary.blocks)
-    found = []
-    for name in (site_of(dictionary, site), write_site_of(dictionary, site, site_out)):
-        addresses = resolve(model, name)
-        if len(addresses) != 1:
-            raise BadInput(
-                f"{name} stands for {len(addresses)} sites; a dictionary belongs to one, such as {addresses[0]}."
-            )
-        found.append(addresses)
-    return found[0], found[1]
+    return sites_read(model, dictionary, site), [_one(model, write_site_of(dictionary, site, site_out))]
+
+
+def sites_read(model: Model, dictionary: Dictionary, site: str | None) -> list[str]:
+    """The addresses that a dictionary reads.
+
+    Raises:
+        BadInput: for a dictionary that does not know them, or where a name stands for several.
+    """
+    if dictionary.blocks and site is None:
+        return list(dictionary.blocks)
+    return [_one(model, site_of(dictionary, site))]
+
+
+def _one(model: Model, site: str) -> str:
+    addresses = resolve(model, site)
+    if len(addresses) != 1:
+        raise BadInput(
+            f"{site} stands for {len(addresses)} sites; a dictionary belongs to one, such as {addresses[0]}."
+        )
+    return addresses[0]
 
 
 def rows_at(found: dict[str, Tensor], addresses: list[str], real: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_texts_are_probed_by_their_mean_or_token_by_token() -> None:
     d = cb.capture(model, texts[:1], "embed")["embed"].shape[-1]
     both = torch.cat([torch.eye(d), -torch.eye(d)])
     sae = dictionaries.from_weights("topk", W_enc=both.T, W_dec=both, k=d)
-    sae.site = "embed"
+    sae.site = sae.site_out = "embed"
     by_token = probing.probe_texts(sae, model, texts, (ids == 5).tolist(), ks=(1, 8))
     assert by_token.n_train + by_token.n_test == 180
     assert by_token.baseline.accuracy == 1 and by_token.by_k[8].auroc > 0.95
