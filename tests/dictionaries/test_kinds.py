@@ -98,6 +98,12 @@ def topk(p: dict[str, Any], x: Tensor, target: Tensor, free: bool) -> Tensor:
     return mean_square(decoded(p, x, chosen * z.relu()), target)
 
 
+def abstopk(p: dict[str, Any], x: Tensor, target: Tensor, free: bool) -> Tensor:
+    z = pre(p, x)
+    chosen = torch.stack([top(row, K) for row in z.abs() * (norms(p, free))])
+    return mean_square(decoded(p, x, chosen * z), target)
+
+
 def batch_code(p: dict[str, Any], x: Tensor, free: bool) -> Tensor:
     z = pre(p, x)
     return top((z * norms(p, free)).relu(), K * N) * z.relu()
@@ -116,7 +122,7 @@ def matryoshka(p: dict[str, Any], x: Tensor, target: Tensor, free: bool) -> Tens
 
 DENSE: dict[str, Dense] = {
     "standard": standard, "gated": gated, "jumprelu": jumprelu,
-    "topk": topk, "batchtopk": batchtopk, "matryoshka": matryoshka,
+    "topk": topk, "abstopk": abstopk, "batchtopk": batchtopk, "matryoshka": matryoshka,
 }  # fmt: skip
 
 
@@ -155,7 +161,7 @@ def test_folding_changes_units_and_nothing_else(kind: str, form: str) -> None:
     if kind not in ("batchtopk", "matryoshka"):  # their threshold is one for activations times lengths: see below
         dictionary.fold_decoder_norm()
         torch.testing.assert_close(dictionary.W_dec.norm(dim=1), torch.ones(D_DICT, dtype=torch.float64))
-        if kind != "topk":  # selects by what the activations are
+        if kind not in ("topk", "abstopk"):  # selects by what the activations are
             torch.testing.assert_close(dictionary(x), out, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(dictionary.encode(x), code * lengths, rtol=1e-5, atol=1e-6)
     code, out = dictionary.encode(x), dictionary(x)
