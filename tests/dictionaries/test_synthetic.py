@@ -210,11 +210,11 @@ def test_random_directions_score_what_random_directions_do() -> None:
 def test_kinds_are_compared_on_the_same_rows_at_the_same_sparsity() -> None:
     """A label's numbers are those of training it alone on the same seed; the spread is that over seeds."""
     truth = Truth(d_in=12, n_features=16, l0=2.0)
-    settings: dict[str, Any] = {"d_dict": 16, "steps": 40, "batch_size": 64, "progress": False}
+    settings: dict[str, Any] = {"d_dict": 16, "steps": 12, "batch_size": 1024, "progress": False}
     kinds = {"topk": {}, "narrow": {"kind": "topk", "k": 1}, "batchtopk": {}}
     got = synthetic.compare(kinds, truth, seeds=(3, 5), n=500, **settings)
     drawn = truth.with_seed(5)
-    alone = dictionaries.train(drawn.stream(64, seed=5), kind="batchtopk", k=2, seed=5, **settings)
+    alone = dictionaries.train(drawn.stream(1024, seed=5), kind="batchtopk", k=2, seed=5, **settings)
     assert repr(got.scores["batchtopk"][1]) == repr(synthetic.score(alone.dictionary, drawn, n=500))  # NaN is not NaN
     assert max(got.values("narrow", "l0")) <= 1 < min(got.values("topk", "l0"))
     a, b = got.values("topk", "mmcs")
