@@ -196,7 +196,7 @@ class FeatureExamples:
         if activations.numel() and not activations.min() >= 0:
             raise BadInput(
                 "These activations are negative in places, or not numbers; examples are for features that are active "
-                'or not, with an activation above 0 (a dictionary of kind "abstopk" has signed ones).'
+                'or not, with an activation above 0 (of one of kind "abstopk", give its two_sided()).'
             )
         batch = _Batch(activations, token_ids.cpu(), mask.cpu(), shown.cpu(), self)
         self.active_tokens += (batch.activations > 0).sum((0, 1))

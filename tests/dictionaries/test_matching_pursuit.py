@@ -134,10 +134,16 @@ def test_it_learns_the_features_of_its_data() -> None:
 
 
 def test_what_a_pursuit_has_not_is_refused() -> None:
-    for sizes in ({"d_out": 4}, {"skip": True}, {"blocks": {"a": 2, "b": 4}}):
+    refused: tuple[dict[str, Any], ...] = ({"d_out": 4}, {"skip": True}, {"blocks": {"a": 2, "b": 4}})
+    for sizes in refused:
         with pytest.raises(BadInput, match="matching pursuit encodes with its decoder"):
             dictionaries.build("matching_pursuit", d_in=6, d_dict=20, **sizes)
-    for wrong in ({"max_iterations": 0}, {"residual_threshold": -1.0}, {"residual_threshold": float("nan")}):
+    stops: tuple[dict[str, Any], ...] = (
+        {"max_iterations": 0},
+        {"residual_threshold": -1.0},
+        {"residual_threshold": float("nan")},
+    )
+    for wrong in stops:
         with pytest.raises(BadInput, match="must be at least 1 and at least 0"):
             pursuit(**wrong)
     dictionary = example("matching_pursuit")
@@ -146,11 +152,12 @@ def test_what_a_pursuit_has_not_is_refused() -> None:
         dictionary.preactivations(torch.randn(3, 6))
     rows = torch.randn(64, 6)
     how: dict[str, Any] = {"kind": "matching_pursuit", "d_dict": 8, "steps": 2, "batch_size": 32, "progress": False}
-    for wrong, said in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"decoder_norm": "free"}, '"unit" or "tangent"'),
         ({"precision": "bfloat16"}, 'has "float32"'),
         ({"l0": 4}, "l0 is not an argument of kind 'matching_pursuit'; it takes max_iterations"),
-    ):
+    )
+    for wrong, said in cases:
         with pytest.raises(BadInput, match=said):
             dictionaries.train(rows, **how, **wrong)
     dictionary.fold_decoder_norm()
