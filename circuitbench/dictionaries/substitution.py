@@ -11,6 +11,7 @@ up any state: so it is done as an edit of the state. The same experiment on h_t 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,8 +29,6 @@ from ..tracing.run import capture
 from .states import checked_head, chosen_positions, matrix_site
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from jaxtyping import Float, Int
 
     from ..models import Model
