@@ -7,10 +7,14 @@ dictionary has rows·cols numbers for a feature's decoder direction, this one ha
 Of a matrix that is not known to be an outer product itself, the inner product with one, uᵀ S v, costs as much as that
 with any other matrix. So W_enc and W_dec are made when they are used, which costs what one row costs, and all products
 are those of any dictionary; the parameters, their gradients and the optimizer's moments are those of the factors.
+
+Writes differ in length by orders of magnitude, and the squared error sees the long ones alone. With `unit_rows` all
+count the same: the dictionary is homogeneous, its features of c·S are c times those of S.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -35,6 +39,9 @@ class Rank1(TopK):
 
     Rows are matrices flattened. The encoder is u' ⊗ v', untied from the decoder's u ⊗ v, where it starts.
 
+    With `unit_rows`, S ≈ Σ a_i u_i v_iᵀ, where a_i comes of u'_iᵀ S v'_i + r b_enc_i, with r the root mean square of S.
+    b_dec stays 0, and training makes the error small as a share of each row's own square.
+
     Attributes:
         U_enc: u', `(d_dict, rows)`.
         V_enc: v', `(d_dict, cols)`.
@@ -42,10 +49,11 @@ class Rank1(TopK):
         V_dec: v, `(d_dict, cols)`, of length 1.
         shape: (rows, cols) of the matrices.
         k: features active on a row.
+        unit_rows: whether the dictionary is homogeneous.
     """
 
     kind: ClassVar[str] = "rank1"
-    settings_names: ClassVar[tuple[str, ...]] = ("k", "shape")
+    settings_names: ClassVar[tuple[str, ...]] = ("k", "shape", "unit_rows")
 
     U_enc: nn.Parameter
     V_enc: nn.Parameter
@@ -53,7 +61,7 @@ class Rank1(TopK):
     V_dec: nn.Parameter
     b_dec: nn.Parameter
 
-    def __init__(self, *, shape: Sequence[int], **sizes: Any):
+    def __init__(self, *, shape: Sequence[int], unit_rows: bool = False, **sizes: Any):
         rows, cols = _checked_shape(shape, sizes["d_in"])
         if sizes.get("d_out") is not None or sizes.get("skip") or sizes.get("blocks"):
             raise BadInput(
@@ -64,6 +72,8 @@ class Rank1(TopK):
         # While there were no factors, the two names were free, and all dictionaries begin with these as parameters.
         del self._parameters["W_enc"], self._parameters["W_dec"]
         self.shape: tuple[int, int] = (rows, cols)
+        self.unit_rows = unit_rows
+        self.b_dec.requires_grad_(not unit_rows)
         generator = torch.Generator().manual_seed(sizes.get("seed", 0) ^ _SEED_SALT)
         for side, size in (("U", rows), ("V", cols)):
             factors = F.normalize(torch.randn(self.d_dict, size, generator=generator), dim=1).to(self.b_dec.dtype)
@@ -95,11 +105,26 @@ class Rank1(TopK):
         """u ⊗ v of every feature, flattened; made anew each time."""
         return outer(self.U_dec, self.V_dec)
 
+    @classmethod
+    def default_settings(cls, d_dict: int) -> dict[str, Any]:
+        """Settings that have a default."""
+        return {"unit_rows": False}
+
+    def encode_sparse(self, x: Float[Tensor, "n d_in"], weights: Tensor | None = None) -> SparseCode:
+        """As in TopK; with `unit_rows`, of each row at root mean square 1, times what it had."""
+        if not self.unit_rows:
+            return super().encode_sparse(x, weights)
+        x = self._checked(x)
+        size = _lengths(x) / self.d_in**0.5
+        code = super().encode_sparse(x / size, weights)
+        return SparseCode(code.values * size[code.rows, 0], code.support)
+
     def encode_outer(self, left: Float[Tensor, "n rows"], right: Float[Tensor, "n cols"]) -> Float[Tensor, "n d_dict"]:
         """The code of left ⊗ right, at rows + cols products a feature instead of rows · cols."""
         left, right = left.to(self.b_dec.dtype), right.to(self.b_dec.dtype)
         b_dec = torch.einsum("fr,rc,fc->f", self.U_enc, self.b_dec.view(self.shape), self.V_enc)
-        scores = (left @ self.U_enc.T) * (right @ self.V_enc.T) + (self.b_enc - b_dec)
+        size = _lengths(left) * _lengths(right) / self.d_in**0.5 if self.unit_rows else 1.0
+        scores = (left @ self.U_enc.T) * (right @ self.V_enc.T) + size * self.b_enc - b_dec
         values, indices = top_k(scores, self.k)
         return SparseCode(values.flatten().relu(), Support.of_indices(indices, self.d_dict)).to_dense()
 
@@ -107,7 +132,18 @@ class Rank1(TopK):
         """As in TopK."""
         if step.decoder_norm == "tangent":
             raise BadInput('decoder_norm="tangent" was given; rank-1 atoms have "unit" or "free".')
-        return super().objective(x, target, step)
+        if not self.unit_rows:
+            return super().objective(x, target, step)
+        size = _lengths(x) / self.d_in**0.5
+        found = super().objective(x / size, target / size, step)
+        values = found.code.values * size[found.code.rows, 0]
+        return replace(found, reconstruction=found.reconstruction * size, code=SparseCode(values, found.code.support))
+
+    @torch.no_grad()
+    def start_at(self, mean: Float[Tensor, " d_in"], target_mean: Float[Tensor, " d_out"]) -> None:
+        """Before training: b_dec is the data's mean, unless it stays 0."""
+        if not self.unit_rows:
+            super().start_at(mean, target_mean)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -135,6 +171,8 @@ class Rank1(TopK):
         """
         if scale.numel() != 1 or target_scale.numel() != 1:
             raise BadInput("rank-1 atoms can be scaled by one number only; center and scale the activations as one.")
+        if self.unit_rows:
+            return  # the same function of rows of any scale
         self.U_enc.div_(scale.to(self.U_enc))
         self.b_dec.mul_(target_scale.to(self.b_dec))
         self._scale_activations(target_scale.to(self.U_enc).expand(self.d_dict))

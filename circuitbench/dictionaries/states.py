@@ -85,7 +85,8 @@ def train_state_sae(
         memory_gib: GiB of rows that may be held; more is an error.
         seed: Of the positions, the order of rows and the dictionary.
         progress: Show progress bars.
-        **settings: Of `dictionaries.train`: d_dict or expansion, k, steps, batch_size, lr, …; for vectors also `kind`.
+        **settings: Of `dictionaries.train`: d_dict or expansion, k, steps, batch_size, lr, …; for vectors also `kind`,
+            for rank-1 atoms `unit_rows`: whether small writes count as much as large ones, which substitution asks for.
 
     Returns:
         The dictionary, which knows its `site` and `model_name`; its `metadata` have `head` and `state_shape`. For how

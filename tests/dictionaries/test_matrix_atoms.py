@@ -20,7 +20,7 @@ OPTIONS = {"auxk_weight": 1 / 32}
 
 def a_dictionary(dtype: torch.dtype = torch.float64) -> Rank1:
     """With an encoder that is not the decoder, and biases."""
-    made = build("rank1", d_in=30, d_dict=24, k=4, shape=SHAPE, dtype=dtype, seed=3)
+    made = build("rank1", d_in=30, d_dict=24, k=4, shape=SHAPE, unit_rows=False, dtype=dtype, seed=3)
     assert isinstance(made, Rank1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -132,11 +132,40 @@ def test_comes_back_from_its_folder(tmp_path: Path) -> None:
     assert torch.equal(again(x), made(x))
 
 
+def test_unit_rows_make_it_homogeneous_and_all_rows_count_the_same() -> None:
+    plain = a_dictionary()
+    made = build("rank1", d_in=30, d_dict=24, k=4, shape=SHAPE, unit_rows=True, dtype=torch.float64)
+    assert isinstance(made, Rank1)
+    with torch.no_grad():
+        plain.b_dec.zero_()
+        made.load_state_dict(plain.state_dict())
+    x = matrices().flatten(1) * torch.logspace(-3, 3, 40, dtype=torch.float64)[:, None]
+    size = x.pow(2).mean(1, keepdim=True).sqrt()
+    unit = x / size
+    assert torch.allclose(made.encode(7.0 * x), 7.0 * made.encode(x), rtol=1e-10)
+    assert torch.allclose(made(x), plain(unit) * size, rtol=1e-10)
+    step = Step(0.0, torch.tensor([0, 5]), OPTIONS)
+    ours, theirs = made.objective(x, x, step), plain.objective(unit, unit, step)
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-12)
+    assert torch.allclose(ours.reconstruction, made(x), rtol=1e-10)
+    gradient = torch.autograd.grad(ours.loss, made.V_enc)[0]
+    assert torch.allclose(gradient, torch.autograd.grad(theirs.loss, plain.V_enc)[0], atol=1e-12)
+    before = made(x)
+    made.fold_scale(torch.tensor(3.0), torch.tensor(3.0))
+    assert torch.equal(made(x), before)
+    left, right = (torch.randn(20, size, generator=torch.Generator().manual_seed(2)).double() for size in SHAPE)
+    assert torch.allclose(made.encode_outer(left, right), made.encode(outer(left, right)), atol=1e-12)
+    trained = train(
+        x.float(), kind="rank1", shape=SHAPE, unit_rows=True, k=2, d_dict=8, steps=3, batch_size=16, progress=False
+    ).dictionary
+    assert (trained.b_dec == 0).all()
+
+
 def test_what_it_cannot_be() -> None:
     x = matrices().flatten(1)
     with pytest.raises(BadInput, match=r"shape=\(6, 6\).*rows . cols = d_in"):
-        build("rank1", d_in=30, d_dict=8, k=2, shape=(6, 6))
-    with pytest.raises(BadInput, match="takes the settings k, shape"):
+        build("rank1", d_in=30, d_dict=8, k=2, shape=(6, 6), unit_rows=False)
+    with pytest.raises(BadInput, match="takes the settings k, shape, unit_rows"):
         train(x, kind="rank1", k=2, d_dict=8, progress=False)
     with pytest.raises(BadInput, match="needs another kind"):
         train(x, x, kind="rank1", shape=SHAPE, k=2, d_dict=8, progress=False)
@@ -144,4 +173,4 @@ def test_what_it_cannot_be() -> None:
         train(x, kind="rank1", shape=SHAPE, k=2, d_dict=8, steps=2, decoder_norm="tangent", progress=False)
     made = a_dictionary()
     with pytest.raises(BadInput, match="has no W_enc|no W_enc"):
-        from_weights("rank1", W_enc=made.W_enc, W_dec=made.W_dec, k=4, shape=SHAPE)
+        from_weights("rank1", W_enc=made.W_enc, W_dec=made.W_dec, k=4, shape=SHAPE, unit_rows=False)
