@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import nnsight
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -219,7 +220,7 @@ class Through:
             replaced = flat.index_put(kept.to(own.device).nonzero(as_tuple=True), rows.to(own)).view(own.shape)
             with lock_of(model):
                 with model.trace(**inputs):
-                    found = {}.save()
+                    found = nnsight.save({})
                     write_site(model, address, replaced)
                     for name in later:
                         found[name] = read_site(model, name)
