@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import circuitbench as cb
-from circuitbench.dictionaries import from_weights
+from circuitbench.dictionaries import from_weights, train
 from circuitbench.dictionaries.branches import measured, separate_branches
 from circuitbench.errors import BadInput
 
@@ -25,15 +25,36 @@ def directions(n: int, d: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(d, n, generator=torch.Generator().manual_seed(seed)))[0].T
 
 
-def test_planted_features_belong_where_they_were_planted() -> None:
-    """Three of the SSM alone, two of the attention alone, one of both: the joint dictionary of the truth says so."""
+def planted() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows of three features of the SSM, two of the attention, one of both; the joint directions, and each branch's."""
     generator = torch.Generator().manual_seed(1)
     U, V = directions(4, 16, 2), directions(3, 16, 3)
     zero = torch.zeros(1, 16)
     joint = torch.cat([torch.cat([U[:3], zero.expand(3, 16)], 1), torch.cat([zero.expand(2, 16), V[:2]], 1)])
     joint = F.normalize(torch.cat([joint, torch.cat([U[3:], V[2:]], 1)]), dim=1)
-    code = (torch.rand(4000, 6, generator=generator) < 0.3) * (0.5 + torch.rand(4000, 6, generator=generator))
-    rows = code @ joint
+    code = (torch.rand(4000, 6, generator=generator) < 0.12) * (0.5 + torch.rand(4000, 6, generator=generator))
+    return code @ joint, joint, U, V
+
+
+def test_a_trained_joint_dictionary_puts_planted_features_where_they_belong() -> None:
+    rows, joint, _, _ = planted()
+    result = train(
+        {"ssm": rows[:, :16], "attention": rows[:, 16:]}, sites=("ssm", "attention"), d_dict=12, k=2, steps=400,
+        batch_size=128, progress=False,
+    )  # fmt: skip
+    found = result.dictionary
+    scales = torch.tensor(found.metadata["block_scales"]).repeat_interleave(16)
+    cosines = F.normalize(joint / scales, dim=1) @ F.normalize(found.W_dec / scales, dim=1).T
+    best, which = cosines.max(1)
+    assert best.min() > 0.95
+    share = found.block_norms()[0][which]
+    assert (share[:3] > 0.9).all()
+    assert (share[3:5] < 0.1).all()
+    assert 0.3 < share[5] < 0.7
+
+
+def test_planted_features_belong_where_they_were_planted() -> None:
+    rows, joint, U, V = planted()
     ssm, attention = rows[:, :16], rows[:, 16:]
     found = {
         "ssm": from_weights("topk", W_enc=U.T, W_dec=U, k=4),
