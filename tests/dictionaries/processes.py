@@ -61,6 +61,8 @@ def train(out: Path, mark: Path, at: int, pause: float, resume: bool, checkpoint
     """A run of its own process; its handlers are checked to be the ones before."""
     torch.set_num_threads(1)
     sys.stderr = open(mark.parent / "stderr", "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    # What a shell starts in the background ignores Ctrl-C, and so would all that comes of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
         dictionaries.train_many(

@@ -273,7 +273,7 @@ def test_a_dictionary_is_not_saved_as_a_file_or_with_numbers_that_are_none(
 
 
 def test_building_refuses_what_does_not_fit() -> None:
-    with pytest.raises(BadInput, match="kind='relu' is not a kind of dictionary; there are: 'batchtopk'"):
+    with pytest.raises(BadInput, match="kind='relu' is not a kind of dictionary; there are: 'abstopk', 'batchtopk'"):
         dictionaries.build("relu", d_in=4, d_dict=8)
     with pytest.raises(BadInput, match="takes the settings k; given: none"):
         dictionaries.build("topk", d_in=4, d_dict=8)

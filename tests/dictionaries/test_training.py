@@ -173,7 +173,7 @@ def test_a_finished_run_leaves_the_dictionary_and_its_record(rows: Tensor, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "nonesuch"}, "kind='nonesuch' is not a kind of dictionary; there are: 'batchtopk'"),
+        ({"kind": "nonesuch"}, "kind='nonesuch' is not a kind of dictionary; there are: 'abstopk', 'batchtopk'"),
         ({"d_dict": None}, "give one of them, such as expansion=8"),
         ({"expansion": 2}, "give one of them"),
         ({"k": 49}, "k=49 was given; it must lie between 1 and d_dict = 48"),
