@@ -20,6 +20,7 @@ import torch
 
 import circuitbench as cb
 from circuitbench import dictionaries
+from circuitbench.demo import cut
 from circuitbench.models.zoo import corpus
 
 KINDS = ("standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka")
@@ -44,7 +45,7 @@ def main() -> None:
     train, held_out = corpus.split()
     random.Random(0).shuffle(train)  # documents come sorted by name: not all of one package
     random.Random(0).shuffle(held_out)
-    text, judged = pieces(train, given.characters), pieces(held_out, given.held_out)
+    text, judged = cut([d.text for d in train], given.characters), cut([d.text for d in held_out], given.held_out)
     has_k = {kind: "k" in dictionaries.KINDS[kind].settings_names for kind in given.kinds}
     recipes = [
         {
@@ -77,17 +78,6 @@ def main() -> None:
     print(table(found))
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def pieces(documents: list[corpus.Document], characters: int) -> list[str]:
-    """The first documents, up to so many characters."""
-    found: list[str] = []
-    for document in documents:
-        found.append(document.text[:characters])
-        characters -= len(found[-1])
-        if not characters:
-            break
-    return found
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
